@@ -1,6 +1,7 @@
 """Invariant: this door opens without a GPU, diffusers, a compiler or a running server.
 
-ComfyUI reads two names from here: `WEB_DIRECTORY` and `comfy_entrypoint`. All else is imported when the host asks for the nodes.
+ComfyUI reads two names from here: `WEB_DIRECTORY` and `comfy_entrypoint`. All else is imported when the host asks for
+the nodes.
 """
 
 from __future__ import annotations

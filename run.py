@@ -3,8 +3,8 @@
     python run.py demo [arguments]    set up, then run the demo (`balanced-offload demo`)
     python run.py test [arguments]    set up, then ruff, mypy and pytest; arguments go to pytest
 
-The set-up is a virtual environment in `.venv`. torch is installed first and then pinned by a constraint, so that nothing that
-follows can replace it. BALANCED_OFFLOAD_TORCH names another torch, in pip's words ("torch==2.9.1 --index-url ...").
+The set-up is a virtual environment in `.venv`. torch is installed first and then pinned by a constraint, so that
+nothing that follows can replace it. BALANCED_OFFLOAD_TORCH names another torch, in pip's words ("torch==2.9.1").
 Standard library only: it runs before anything is installed.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-# The simulated accelerator is built against this torch; another one works too, then the demo may have to use the plain CPU.
+# The simulated accelerator is built against this torch; with another one the demo may have to use the plain CPU.
 TORCH = "torch==2.13.0"
 TORCH_FALLBACK = "torch>=2.7"
 EXTRAS = {"demo": "demo", "test": "dev"}
@@ -35,10 +35,8 @@ def venv_python() -> Path:
 
 
 def make_venv() -> None:
-    if (
-        venv_python().exists()
-        and subprocess.run([str(venv_python()), "-m", "pip", "--version"], capture_output=True).returncode == 0
-    ):
+    has_pip = [str(venv_python()), "-m", "pip", "--version"]
+    if venv_python().exists() and subprocess.run(has_pip, capture_output=True).returncode == 0:
         return
     say(f"making a virtual environment in {VENV.name}")
     if importlib.util.find_spec("ensurepip"):
@@ -98,7 +96,7 @@ def run(*command: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file is run by whatever Python is there
         sys.exit(f"run.py: Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     if not arguments or arguments[0] not in EXTRAS:
         print(__doc__)

@@ -1,6 +1,7 @@
 """Invariant: the repo root is the package `balanced_offload`, whatever the folder is called, and tests never ship.
 
-Everything else is declared in pyproject.toml; only the package list needs code, so that a new sub-package cannot be forgotten.
+Everything else is declared in pyproject.toml; only the package list needs code, so that a new sub-package cannot be
+forgotten.
 """
 
 from setuptools import find_packages, setup

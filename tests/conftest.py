@@ -1,7 +1,7 @@
 """Invariant: tests see this checkout as `balanced_offload`, never the network, and leave the simulated device empty.
 
-The root `__init__.py` makes the repo a package under any folder name; it is registered here, so that `pytest` works without an
-install and an installed copy of another version is never tested by mistake.
+The root `__init__.py` makes the repo a package under any folder name; it is registered here, so that `pytest` works
+without an install and an installed copy of another version is never tested by mistake.
 """
 
 from __future__ import annotations
