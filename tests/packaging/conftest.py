@@ -1,0 +1,41 @@
+"""Invariant: packaging is tested on a copy: a build leaves nothing in the checkout, and stale output is never shipped."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so")
+
+
+@pytest.fixture(scope="session")
+def pack_copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout, copied into a folder named the way ComfyUI users name it: with hyphens."""
+    target = tmp_path_factory.mktemp("custom_nodes") / "ComfyUI-Balanced-Offload"
+    shutil.copytree(root, target, ignore=LEFT_OUT)
+    return target
+
+
+@pytest.fixture(scope="session")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built offline from a copy."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(root, source, ignore=LEFT_OUT)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="session")
+def wheel_names(wheel: Path) -> set[str]:
+    """Paths of all files in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
