@@ -1,0 +1,271 @@
+"""What one run left behind, as plain numbers. Invariant: a record holds no event, tensor or exception, only figures.
+
+Rows live in columns of machine numbers (about 60 bytes a move, 25 bytes a mark), so that a sequential run with 100,000
+copies can be kept whole: the file has all rows, the served report has the first `cap` and an aggregate of the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Category = Literal["encode", "denoise", "decode", "preview", "onload", "stall", "evict", "other"]
+Direction = Literal["h2d", "d2h", "drop"]
+Reason = Literal["forward", "stage", "low", "always", "need", "oom", "policy", "lora", "external"]
+
+CATEGORIES: tuple[Category, ...] = ("encode", "denoise", "decode", "preview", "onload", "stall", "evict", "other")
+COMPUTE = frozenset(range(4))  # codes of the categories in which the device computes
+DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h", "drop")
+REASONS: tuple[Reason, ...] = ("forward", "stage", "low", "always", "need", "oom", "policy", "lora", "external")
+
+
+@dataclass(frozen=True)
+class MoveRow:
+    """One move, or `count` moves recorded as one. Seconds from the start of the run; None where it was not measured."""
+
+    t: float | None
+    dur_s: float | None
+    component: str
+    dir: Direction
+    bytes: int
+    reason: Reason
+    step: int | None
+    avoidable: bool
+    overlapped: bool
+    count: int
+
+
+class MoveLog:
+    """All moves of one run, in columns. `t` and `dur` hold NaN until measured."""
+
+    def __init__(self) -> None:
+        self.t = array("d")
+        self.dur = array("d")
+        self.at = array("q")  # number of the mark before the move: its time where no copy was timed
+        self.nbytes = array("q")
+        self.step = array("q")  # -1 outside a step
+        self.count = array("q")
+        self.kind = array("q")  # index into `kinds`
+        self.kinds: list[tuple[str, Direction, Reason, bool, bool]] = []
+        self._codes: dict[tuple[str, Direction, Reason, bool, bool], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def append(
+        self, kind: tuple[str, Direction, Reason, bool, bool], nbytes: int, step: int, count: int, at: int
+    ) -> int:
+        """Add a row whose times are not known yet; its number."""
+        code = self._codes.get(kind)
+        if code is None:
+            code = self._codes[kind] = len(self.kinds)
+            self.kinds.append(kind)
+        self.t.append(math.nan)
+        self.dur.append(math.nan)
+        self.at.append(at)
+        self.nbytes.append(nbytes)
+        self.step.append(step)
+        self.count.append(count)
+        self.kind.append(code)
+        return len(self.t) - 1
+
+    def row(self, i: int) -> MoveRow:
+        component, direction, reason, avoidable, overlapped = self.kinds[self.kind[i]]
+        t, dur, step = self.t[i], self.dur[i], self.step[i]
+        return MoveRow(
+            None if math.isnan(t) else t,
+            None if math.isnan(dur) else dur,
+            component,
+            direction,
+            self.nbytes[i],
+            reason,
+            None if step < 0 else step,
+            avoidable,
+            overlapped,
+            self.count[i],
+        )
+
+    def __iter__(self) -> Iterator[MoveRow]:
+        return (self.row(i) for i in range(len(self)))
+
+
+class MarkLog:
+    """The compute stream's time line: mark i begins category `code[i]`, which lasts until mark i + 1.
+
+    `busy[i]` and `stalled[i]` are the seconds of computing and of stall before mark i: they make any interval's share
+    one bisection instead of a walk.
+    """
+
+    def __init__(self) -> None:
+        self.code = array("b")
+        self.t = array("d")  # grows as the device passes the marks; may be shorter than `code`
+        self.busy = array("d")
+        self.stalled = array("d")
+        self.seconds = [0.0] * len(CATEGORIES)
+
+    def resolve(self, t: float) -> None:
+        """The next mark was passed at `t` seconds."""
+        i = len(self.t)
+        if i == 0:
+            self.t.append(t)
+            self.busy.append(0.0)
+            self.stalled.append(0.0)
+            return
+        t = max(t, self.t[i - 1])  # marks taken on two streams can cross; a duration is never negative
+        code, dur = self.code[i - 1], t - self.t[i - 1]
+        self.seconds[code] += dur
+        self.t.append(t)
+        self.busy.append(self.busy[i - 1] + (dur if code in COMPUTE else 0.0))
+        self.stalled.append(self.stalled[i - 1] + (dur if code == STALL else 0.0))
+
+    def busy_until(self, t: float) -> float:
+        """Seconds of computing before `t`; `t` is clipped to the run."""
+        last = len(self.t) - 1
+        if last < 0 or t <= self.t[0]:
+            return 0.0
+        i = bisect_right(self.t, t) - 1
+        if i >= last:
+            return self.busy[last]
+        return self.busy[i] + (t - self.t[i] if self.code[i] in COMPUTE else 0.0)
+
+    def segments(self) -> Iterator[tuple[float, float, Category]]:
+        """(start, seconds, category), neighbours of one category joined, empty ones left out."""
+        start, code = 0.0, -1
+        for i in range(len(self.t)):
+            if i == len(self.t) - 1 or self.code[i] != code:
+                if code >= 0 and self.t[i] > start:
+                    yield start, self.t[i] - start, CATEGORIES[code]
+                start, code = self.t[i], self.code[i]
+
+
+STALL = CATEGORIES.index("stall")
+
+
+@dataclass
+class StageRow:
+    """One stage. Bytes; seconds from the start of the run, None where the clock failed."""
+
+    name: str
+    component: str
+    need: int | None
+    have: int | None
+    peak: int | None = None
+    t0: float | None = None
+    t1: float | None = None
+    first_mark: int = -1
+    last_mark: int = -1
+
+
+@dataclass
+class StepRow:
+    """One forward of the denoiser: what was computed, waited and copied within it."""
+
+    i: int
+    bytes_h2d: int = 0
+    t0: float | None = None
+    t1: float | None = None
+    compute_s: float | None = None
+    stall_s: float | None = None
+    overlapped_s: float | None = None
+    first_mark: int = -1
+    last_mark: int = -1
+
+
+@dataclass
+class RunRecord:
+    """One run as measured. Times are seconds on the device's clock, `host_s` and `overhead_s` on the host's."""
+
+    prompt_id: str | None
+    created: str  # ISO 8601, UTC
+    clock: str  # where the times come from, for people
+    cap: int
+    complete: bool = False
+    error_type: str | None = None
+    error_text: str | None = None
+    oom: bool = False  # ended by an out-of-memory error
+    clock_error: str | None = None  # why times are unknown
+    wall_s: float | None = None  # first mark to last mark, in one measurement
+    host_s: float = 0.0
+    overhead_s: float = 0.0
+    seconds: dict[Category, float | None] = field(default_factory=dict)
+    overlapped_s: float | None = None
+    bytes_h2d: int = 0
+    bytes_d2h: int = 0
+    bytes_dropped: int = 0
+    move_count: int = 0
+    drop_count: int = 0
+    stages: list[StageRow] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
+    moves: MoveLog = field(default_factory=MoveLog)
+    marks: MarkLog = field(default_factory=MarkLog)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    events_dropped: int = 0
+    peak_allocated: int | None = None
+    peak_resident: int | None = None
+    vram_at: array[int] = field(default_factory=lambda: array("q"))  # mark number of each sample
+    vram_allocated: array[int] = field(default_factory=lambda: array("q"))
+    vram_resident: array[int] = field(default_factory=lambda: array("q"))
+
+    def time_of(self, mark: int) -> float | None:
+        """Seconds from the start of the run to mark number `mark`, None where the clock never got there."""
+        return self.marks.t[mark] if 0 <= mark < len(self.marks.t) else None
+
+    def settle(self) -> None:
+        """Turn mark numbers into times and attribute copies to what ran meanwhile. Called once, by the ledger."""
+        for stage in self.stages:
+            stage.t0, stage.t1 = self.time_of(stage.first_mark), self.time_of(stage.last_mark)
+        moves = self.moves
+        for i in range(len(moves)):
+            if math.isnan(moves.t[i]):
+                at = self.time_of(moves.at[i])
+                moves.t[i] = math.nan if at is None else at
+        for event in self.events:
+            event["t"] = self.time_of(event.pop("mark"))
+        if self.clock_error is not None:  # a partial sum is not a total
+            self.seconds = dict.fromkeys(CATEGORIES)
+            return
+        self.seconds = dict(zip(CATEGORIES, self.marks.seconds, strict=True))
+        hidden = _Hidden(self.marks, moves)
+        self.overlapped_s = hidden.total
+        for step in self.steps:
+            a, b = step.first_mark, step.last_mark
+            step.t0, step.t1 = self.marks.t[a], self.marks.t[b]
+            step.compute_s = self.marks.busy[b] - self.marks.busy[a]
+            step.stall_s = self.marks.stalled[b] - self.marks.stalled[a]
+            step.overlapped_s = max(0.0, hidden.until(step.t1) - hidden.until(step.t0))
+
+
+class _Hidden:
+    """Copy time that lay behind compute: the union of the timed copies, cut with the compute categories.
+
+    Measured by intersection, not as copy minus wait: two copies at once count once, and a copy that nobody waited for
+    while nothing computed counts for nothing.
+    """
+
+    def __init__(self, marks: MarkLog, moves: MoveLog) -> None:
+        self._marks = marks
+        self._start, self._end, self._before = array("d"), array("d"), array("d")
+        timed = (i for i in range(len(moves)) if not math.isnan(moves.dur[i]))
+        self.total = 0.0
+        reached = -math.inf
+        for i in sorted(timed, key=moves.t.__getitem__):
+            start, end = max(moves.t[i], reached), moves.t[i] + moves.dur[i]
+            if end <= start:
+                continue
+            reached = end
+            self._start.append(start)
+            self._end.append(end)
+            self._before.append(self.total)
+            self.total += max(0.0, marks.busy_until(end) - marks.busy_until(start))
+
+    def until(self, t: float) -> float:
+        """Overlapped seconds before `t`."""
+        i = bisect_right(self._start, t) - 1
+        if i < 0:
+            return 0.0
+        upto = min(t, self._end[i])
+        return self._before[i] + max(0.0, self._marks.busy_until(upto) - self._marks.busy_until(self._start[i]))
