@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,17 @@ FORBIDDEN = {
 }
 
 
+NEEDS_HOST = re.compile(r"^from comfy_api", flags=re.MULTILINE)
+
+
 def modules_of(folder: Path) -> list[str]:
-    """Every module of the core and the nodes, less those that are run as scripts or need a host or library to exist."""
+    """Every module of the core and the nodes, less the simulator, scripts, and the nodes that only a host imports."""
     names = []
     for path in sorted([*folder.glob("offload/**/*.py"), *folder.glob("nodes/**/*.py")]):
         parts = path.relative_to(folder).with_suffix("").parts
-        if "simulator" in parts or "__main__" in parts or parts == ("nodes", "extension"):
+        if "simulator" in parts or "__main__" in parts:
+            continue
+        if parts[0] == "nodes" and NEEDS_HOST.search(path.read_text(encoding="utf-8")):
             continue
         names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return names

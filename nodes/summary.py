@@ -1,0 +1,45 @@
+"""Invariant: the sentence says what the policy resolves to on this machine, whether a run fits or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..offload.backend import NoAcceleratorError, open_backend
+from ..offload.memory import machine
+from ..offload.policy import ComponentInfo, Machine, OffloadPolicy, ResolvedPolicy, WorkingSet
+from ..offload.sizes import format_size
+
+NO_ACCELERATOR = "No accelerator was found: everything runs from system memory and nothing is moved."
+
+
+def describe_here(policy: OffloadPolicy) -> str:
+    """`describe` for the accelerator of this machine, or that there is none."""
+    try:
+        backend = open_backend()
+    except NoAcceleratorError:
+        return NO_ACCELERATOR
+    return describe(policy, machine(backend))
+
+
+def describe(policy: OffloadPolicy, here: Machine) -> str:
+    """One sentence. Which models will run is not known yet: an empty run and one larger than the card stand for all."""
+    # The lists name components of a run; without one they would only raise warnings about names that match nothing.
+    bare = replace(policy, never=(), always=())
+    over_sized = ComponentInfo("model", "model", "denoiser", weight_bytes=here.vram_total + 1)
+    fitting, larger = bare.resolve(here, WorkingSet(())), bare.resolve(here, WorkingSet((over_sized,)))
+    card = f"On {here.name} ({format_size(here.vram_total)})"
+    if fitting.mode is larger.mode:
+        return f"{card}: {_terms(larger)}."
+    return f"{card}: {_terms(fitting)} while the run fits, else {_terms(larger)}."
+
+
+def _terms(resolved: ResolvedPolicy) -> str:
+    """Mode and marks, as far as the mode uses them."""
+    marks = []
+    if resolved.mode.value == "balanced":
+        if resolved.high is not None:
+            marks.append(f"high {format_size(resolved.high)}")
+        marks.append("always evict at a stage change" if resolved.low_always else f"low {format_size(resolved.low)}")
+    if resolved.sources.get("mode") == "profile":
+        marks.append(f"profile {resolved.profile}")
+    return f"{resolved.mode.value} ({', '.join(marks)})" if marks else resolved.mode.value
