@@ -1,4 +1,4 @@
-"""Invariant: packaging is tested on a copy, so a build leaves nothing in the checkout and nothing stale is shipped.
+"""Invariant: packaging is tested on a copy: a build leaves nothing in the checkout, and nothing stale is shipped."""
 
 from __future__ import annotations
 
