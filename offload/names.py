@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .policy import ComponentInfo
 
-_NEAR_POOL = 400
+_NEAR_POOL = 200
 """Names compared for a near match: comparing thousands would cost more than the whole of resolve."""
 
 
