@@ -17,6 +17,8 @@ Category = Literal["encode", "denoise", "decode", "preview", "onload", "stall", 
 Direction = Literal["h2d", "d2h", "drop"]
 Reason = Literal["forward", "stage", "low", "always", "need", "oom", "policy", "lora", "external"]
 
+Kind = tuple[str, Direction, Reason, bool, bool]  # component, direction, reason, avoidable, overlapped
+
 CATEGORIES: tuple[Category, ...] = ("encode", "denoise", "decode", "preview", "onload", "stall", "evict", "other")
 COMPUTE = frozenset(range(4))  # codes of the categories in which the device computes
 DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h", "drop")
@@ -50,15 +52,13 @@ class MoveLog:
         self.step = array("q")  # -1 outside a step
         self.count = array("q")
         self.kind = array("q")  # index into `kinds`
-        self.kinds: list[tuple[str, Direction, Reason, bool, bool]] = []
-        self._codes: dict[tuple[str, Direction, Reason, bool, bool], int] = {}
+        self.kinds: list[Kind] = []
+        self._codes: dict[Kind, int] = {}
 
     def __len__(self) -> int:
         return len(self.t)
 
-    def append(
-        self, kind: tuple[str, Direction, Reason, bool, bool], nbytes: int, step: int, count: int, at: int
-    ) -> int:
+    def append(self, kind: Kind, nbytes: int, step: int, count: int, at: int) -> int:
         """Add a row whose times are not known yet; its number."""
         code = self._codes.get(kind)
         if code is None:
