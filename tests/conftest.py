@@ -6,11 +6,14 @@ without an install and an installed copy of another version is never tested by m
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Before torch is imported: small tests on many workers are faster on one thread each, and sums come out in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +25,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "balanced_offload"
+SIM_CAP = 8 << 30
+"""Bytes of simulated VRAM that a test starts with."""
+_PASSED = pytest.StashKey[bool]()
 
 torch.set_num_threads(1)
 
@@ -42,3 +48,63 @@ if PACKAGE not in sys.modules:
 def root() -> Path:
     """The checkout's top folder."""
     return ROOT
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keeps whether the test itself passed: after a failure its traceback holds tensors, which is no leak."""
+    report = yield
+    if call.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
+
+
+@pytest.fixture(scope="session")
+def vram() -> ModuleType:
+    """The simulated accelerator, `torch.vram`; built on first use, skipped with the reason where it cannot be had."""
+    simulator = importlib.import_module(f"{PACKAGE}.offload.simulator")
+    try:
+        return simulator.load("vram")
+    except simulator.SimulatorUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def sim(vram: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """`torch.vram` with 8 GiB, strict races, real arithmetic, clock and logs at zero.
+
+    A test that passes but leaves device bytes, a race, or another stream than the default one behind fails.
+    """
+    options = vram.configuration()
+    _clean(vram)
+    before = vram.memory_allocated()
+    vram.configure(strict_races=1, ghost=0)
+    yield vram
+    if request.node.stash.get(_PASSED, False):
+        # Fixtures that are finished by now may still be referred to as arguments of the test.
+        request.node.funcargs.clear()
+        gc.collect()
+        vram.synchronize()
+        vram.empty_cache()
+        races, last, left = vram.races(), vram.last_race(), vram.memory_allocated() - before
+        on_default = vram.current_stream() == vram.default_stream()
+    else:
+        races, last, left, on_default = 0, "", 0, True
+    vram.configure(**options)
+    _clean(vram)
+    assert races == 0, f"{races} races, the last: {last}"
+    assert left == 0, f"{left} device bytes are still allocated after the test"
+    assert on_default, "the test left another stream than the default one as the current one"
+
+
+def _clean(vram: ModuleType) -> None:
+    gc.collect()
+    vram.set_stream(vram.default_stream())
+    vram.synchronize()
+    vram.empty_cache()
+    vram.set_others(0)
+    vram.set_memory_cap(SIM_CAP)
+    vram.reset_clock()
+    vram.clear_copy_log()
+    vram.clear_races()
+    vram.reset_peak_memory_stats()
