@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import psutil
 import pytest
 import torch
 
@@ -112,3 +114,21 @@ def test_flux_costs_no_ram(root: Path) -> None:
     assert found["weights"] == 2 * sum(entry["parameters"] for entry in load_spec("flux1-dev")["components"].values())
     assert found["weights"] > 31 * 2**30
     assert found["grown"] < 2**30
+
+
+def test_pinned_and_on_a_ghost_device_it_costs_no_ram_either(sim: ModuleType) -> None:
+    sim.configure(ghost=1 << 20)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    components = build_model("sdxl", torch.float16, pinned=True)
+    assert {p.is_pinned() for module in components.values() for p in module.parameters()} == {True}
+    expected = 2 * sum(entry["parameters"] for entry in load_spec("sdxl")["components"].values())
+    for module in components.values():
+        module.to("vram")
+    assert sim.copy_totals()["h2d_bytes"] - buffer_bytes(components) == expected
+    assert sim.memory_allocated() >= expected
+    assert process.memory_info().rss - before < 2**30
+
+
+def buffer_bytes(components: dict[str, torch.nn.Module]) -> int:
+    return sum(buffer.nbytes for module in components.values() for buffer in module.buffers())

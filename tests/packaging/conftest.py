@@ -22,6 +22,18 @@ def pack_copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def registry_copy(pack_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pack as the ComfyUI registry ships it: without what .comfyignore names (files and folders, no patterns)."""
+    target = tmp_path_factory.mktemp("registry") / "balanced-offload"
+    shutil.copytree(pack_copy, target)
+    for line in (pack_copy / ".comfyignore").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            ignored = target / line
+            shutil.rmtree(ignored) if line.endswith("/") else ignored.unlink()
+    return target
+
+
+@pytest.fixture(scope="session")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built offline from a copy."""
     folder = tmp_path_factory.mktemp("wheel")

@@ -85,3 +85,11 @@ def test_every_module_imports_without_optional_libraries_or_host(pack_copy: Path
     missing = {f"{found['folder_name']}.{name}" for name in modules} - set(found["ours"])
     assert missing == set()
     assert [name for name in found["ours"] if ".simulator" in name] == []
+
+
+def test_the_registry_package_is_whole_without_the_simulator(registry_copy: Path) -> None:
+    assert not (registry_copy / "offload" / "simulator").exists()
+    assert not (registry_copy / "tests").exists()
+    modules = modules_of(registry_copy)
+    found = load(registry_copy, modules)
+    assert {f"{found['folder_name']}.{name}" for name in modules} <= set(found["ours"])
