@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .record import CATEGORIES, Kind, MoveRow, RunRecord, StepRow
+from .record import CATEGORIES, Kind, RunRecord, StepRow
 
 SCHEMA = "offload-report/1"
 VERDICTS = ("resident", "partial", "streamed", "oom_recovered", "oom", "error")
@@ -76,38 +76,36 @@ def build_report(
         raise ValueError(f"verdict: got {verdict!r}, allowed is one of {', '.join(VERDICTS)}")
     cap = None if full else record.cap
     vram = {"peak_noted": record.peak_allocated, "peak_weights": record.peak_resident, **vram}
-    resolved_fits = resolved_json.get("fits")
     report: dict[str, Any] = {
         "schema": SCHEMA,
-        "prompt_id": record.prompt_id,
+        "prompt_id": _clean(record.prompt_id),
         "created": record.created,
         "complete": record.complete,
-        "error": _error(record),
+        "error": _clean(_error(record)),
         "host": _section(host, HOST),
         "env": _section(env, ENV),
         "rung": rung,
         "world": world,
-        "policy": dict(policy_json),
-        "resolved": {"mode": None, "sources": {}, "sentence": "", **resolved_json},
+        "policy": _clean(policy_json),
+        "resolved": _clean({"mode": None, "sources": {}, "sentence": "", **resolved_json}),
         "output_neutral": output_neutral,
         "vram": _section(vram, VRAM),
         "ram": _section(ram, RAM),
         "totals": _totals(record),
-        "stages": _stages(record, cap),
-        "nodes": list(nodes),
+        "stages": _clean(_stages(record, cap)),
+        "nodes": _clean(nodes),
         "steps": _steps(record, cap),
         "moves": _moves(record, cap),
         "segments": _segments(record, cap),
         "vram_track": _vram_track(record, cap),
-        "events": list(record.events),
+        "events": _clean(record.events),
         "events_dropped": record.events_dropped,
-        "hints": list(hints),
+        "hints": _clean(hints),
         "prediction": _section(prediction or {}, PREDICTION),
         "verdict": verdict or derive_verdict(record, resolved_json),
-        "fits": fits if fits is not None else resolved_fits,
+        "fits": fits if fits is not None else resolved_json.get("fits"),
         "overhead_ms": record.overhead_s * 1e3,
     }
-    report = _clean(report)
     report["sources"] = {**_SOURCES, "times": record.clock, **(sources or {})}
     report["unknown"] = sorted(set(_nulls(report)))
     return report
@@ -151,10 +149,7 @@ def save_json(document: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
 
 def _dump(document: Mapping[str, Any]) -> str:
     """One line per field and one per row: 80,000 moves stay readable, and diffable, at a third of the size."""
-
-    def dump(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
+    dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     fields = []
     for key, value in document.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -183,7 +178,8 @@ def validate(document: Mapping[str, Any], name: str = "offload-report-1") -> Non
 
 
 def _section(given: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {**dict.fromkeys(keys), **given}
+    section: dict[str, Any] = _clean({**dict.fromkeys(keys), **given})
+    return section
 
 
 def _error(record: RunRecord) -> dict[str, str] | None:
@@ -253,44 +249,49 @@ def _steps(record: RunRecord, cap: int | None) -> list[dict[str, Any]]:
     return [row([step]) for step in steps[: cap - 1]] + [row(rest) | {"count": len(rest), "aggregated": True}]
 
 
-def _move(row: MoveRow, aggregated: bool = False) -> dict[str, Any]:
-    move: dict[str, Any] = {name: getattr(row, name) for name in MoveRow.__dataclass_fields__}
-    if aggregated:
-        move["aggregated"] = True
-    return move
-
-
 def _moves(record: RunRecord, cap: int | None) -> list[dict[str, Any]]:
     log = record.moves
+    kinds = [(_clean(component), *rest) for component, *rest in log.kinds]  # names come from callers
+
+    def row(i: int) -> dict[str, Any]:
+        component, direction, reason, avoidable, overlapped = kinds[log.kind[i]]
+        t, dur, step = log.t[i], log.dur[i], log.step[i]
+        return {
+            "t": None if math.isnan(t) else t,
+            "dur_s": None if math.isnan(dur) else dur,
+            "component": component,
+            "dir": direction,
+            "bytes": log.nbytes[i],
+            "reason": reason,
+            "step": None if step < 0 else step,
+            "avoidable": avoidable,
+            "overlapped": overlapped,
+            "count": log.count[i],
+        }
+
     if cap is None or len(log) <= cap:
-        return [_move(row) for row in log]
+        return [row(i) for i in range(len(log))]
     # One aggregate per kind of move; where kinds are too many for the cap, one per direction and reason.
-    key, rest = _fine, {_fine(kind) for kind in log.kinds}
-    if len(rest) > cap // 2:
-        key, rest = _coarse, {_coarse(kind) for kind in log.kinds}
-    keep = max(0, cap - len(rest))
-    groups: dict[Any, list[MoveRow]] = {}
+    keys = [_fine(kind) for kind in log.kinds]
+    if len(set(keys)) > cap // 2:
+        keys = [_coarse(kind) for kind in log.kinds]
+    keep = max(0, cap - len(set(keys)))
+    groups: dict[Any, dict[str, Any]] = {}
     for i in range(keep, len(log)):
-        row = log.row(i)
-        groups.setdefault(key(log.kinds[log.kind[i]]), []).append(row)
-    listed = [_move(log.row(i)) for i in range(keep)]
-    for rows in groups.values():
-        first = rows[0]
-        same = len({row.component for row in rows}) == 1
-        total = MoveRow(
-            t=first.t,
-            dur_s=_sum(row.dur_s for row in rows),
-            component=first.component if same else "several",
-            dir=first.dir,
-            bytes=sum(row.bytes for row in rows),
-            reason=first.reason,
-            step=None,
-            avoidable=all(row.avoidable for row in rows),
-            overlapped=all(row.overlapped for row in rows),
-            count=sum(row.count for row in rows),
-        )
-        listed.append(_move(total, aggregated=True))
-    return listed
+        key, dur = keys[log.kind[i]], log.dur[i]
+        total = groups.get(key)
+        if total is None:
+            groups[key] = row(i) | {"step": None, "aggregated": True}
+            continue
+        component, _, _, avoidable, overlapped = kinds[log.kind[i]]
+        if component != total["component"]:
+            total["component"] = "several"
+        total["dur_s"] = None if math.isnan(dur) or total["dur_s"] is None else total["dur_s"] + dur
+        total["bytes"] += log.nbytes[i]
+        total["count"] += log.count[i]
+        total["avoidable"] &= avoidable
+        total["overlapped"] &= overlapped
+    return [row(i) for i in range(keep)] + list(groups.values())
 
 
 def _fine(kind: Kind) -> tuple[Any, ...]:
@@ -354,4 +355,9 @@ def _nulls(value: Any, path: str = "") -> Iterator[str]:
             yield from _nulls(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for item in value:
-            yield from _nulls(item, f"{path}[]")
+            if not isinstance(item, dict):
+                yield from _nulls(item, f"{path}[]")
+                continue
+            for key, part in item.items():  # not by recursion: there may be 100,000 rows
+                if part is None or isinstance(part, (dict, list)):
+                    yield from _nulls(part, f"{path}[].{key}")

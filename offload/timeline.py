@@ -7,7 +7,7 @@ the pixel shows their shares, stacked: a lane is never painted by whichever segm
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def timeline_png(records: Sequence[tuple[str, Mapping[str, Any]]], path: str | o
     axes.set_ylim(len(records) - 0.5, -0.5)
     axes.set_yticks(range(len(records)), [f"{label}\n{report['verdict']}" for label, report in records])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"time on the device's clock ({unit}), {_rungs(records)}")
+    note = "heights are shares of time where events are finer than a pixel"
+    axes.set_xlabel(f"time on the device's clock ({unit}), {_rungs(records)}; {note}")
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     names = [name for name in CATEGORIES if name in seen]
@@ -93,23 +94,26 @@ def _rungs(records: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _paint(
-    rows: Iterable[tuple[float, float, Mapping[str, float]]], colours: Mapping[str, str], wall: float, bins: int
+    rows: Sequence[tuple[float, float, Mapping[str, float]]], colours: Mapping[str, str], wall: float, bins: int
 ) -> Any:
     """An RGBA image (_ROWS, bins, 4) of [0, wall]: in each column the share of time of each key, stacked upwards."""
     import numpy as np
     from matplotlib.colors import to_rgba
 
     keys = list(colours)
+    edges = np.linspace(0.0, wall, bins + 1)
     share = np.zeros((len(keys), bins))
-    for t, dur, by in rows:
-        a, b = max(0.0, t) / wall * bins, min(wall, t + dur) / wall * bins
-        if b <= a or dur <= 0:
+    for i, key in enumerate(keys):
+        spans = np.array([(t, t + dur, by[key] / dur) for t, dur, by in rows if dur > 0 and by.get(key)], dtype=float)
+        if not len(spans):
             continue
-        first, last = min(int(a), bins - 1), min(int(np.ceil(b)), bins)
-        columns = np.arange(first, last)
-        part = np.minimum(b, columns + 1) - np.maximum(a, columns)
-        for key, value in by.items():
-            share[keys.index(key), first:last] += part * (value / dur)
+        # Each span raises the rate at its start and lowers it at its end; the integral at two edges is a pixel's share.
+        at = np.concatenate((spans[:, 0], spans[:, 1]))
+        change = np.concatenate((spans[:, 2], -spans[:, 2]))
+        order = np.argsort(at, kind="stable")
+        at, rate = at[order], np.cumsum(change[order])
+        until = np.concatenate(([0.0], np.cumsum(rate[:-1] * np.diff(at))))
+        share[i] = np.diff(np.interp(edges, at, until)) / (wall / bins)
     share = np.clip(share, 0.0, 1.0)
     upto = np.round(np.cumsum(share, axis=0) * _ROWS)
     image = np.zeros((_ROWS, bins, 4))
