@@ -16,6 +16,7 @@ from dataclasses import dataclass
 GIB = 1 << 30
 GB_S = 1e9
 TFLOP_S = 1e12
+DEFAULT_CARD = "generic-8g"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Card:
     flops32: float
     launch: float = 5e-6
     copy_lat: float = 8e-6
+
+    @property
+    def device_name(self) -> str:
+        """What the device calls itself: nobody may take it for the card."""
+        return self.name if self.key == DEFAULT_CARD else f"{self.name} (simulated)"
 
     def options(self) -> dict[str, float]:
         """The options of the virtual clock that the card sets."""
@@ -59,6 +65,7 @@ class _Link:
     d2h_pageable: float
 
 
+_GENERIC = _Link("PCIe 4.0 x16", 25 * GB_S, 8 * GB_S, 6 * GB_S)
 _PCIE3_X16 = _Link("PCIe 3.0 x16", 12 * GB_S, 6 * GB_S, 5 * GB_S)
 _PCIE4_X8 = _Link("PCIe 4.0 x8", 12.5 * GB_S, 7 * GB_S, 6 * GB_S)
 _PCIE4_X16 = _Link("PCIe 4.0 x16", 24 * GB_S, 8 * GB_S, 6 * GB_S)
@@ -84,6 +91,7 @@ def _card(key: str, name: str, gib: int, link: _Link, memory_gb_s: float, tflops
 CARDS: dict[str, Card] = {
     card.key: card
     for card in (
+        _card(DEFAULT_CARD, "Simulated accelerator", 8, _GENERIC, 600, 60, 20),
         # No tensor cores: fp16 at twice the fp32 shader rate, 60 % of it.
         _card("gtx1650-4g-pcie3", "GeForce GTX 1650", 4, _PCIE3_X16, 109, 3.6, 1.5),
         _card("rtx2060-6g-pcie3", "GeForce RTX 2060", 6, _PCIE3_X16, 286, 15.5, 3.2),
@@ -96,4 +104,4 @@ CARDS: dict[str, Card] = {
         _card("rtx5090-32g-pcie5", "GeForce RTX 5090", 32, _PCIE5_X16, 1523, 125, 52.4),
     )
 }
-"""The cards by key. ``torch.vram.use_card(key)`` applies one."""
+"""The cards by key. ``torch.vram.use_card(key)`` applies one; after loading it is the default one."""

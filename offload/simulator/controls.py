@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from .cards import CARDS, Card
+from .cards import CARDS, DEFAULT_CARD, Card
 
-_card: Card | None = None
+_card = CARDS[DEFAULT_CARD]
 
 
 class TraceEntry(NamedTuple):
@@ -83,8 +83,8 @@ def use_card(key: str) -> Card:
     return card
 
 
-def card() -> Card | None:
-    """The card of the last ``use_card``; None without one. Later ``configure`` calls are not reflected in it."""
+def card() -> Card:
+    """The card in use. What ``configure`` and ``set_memory_cap`` changed since ``use_card`` is not reflected in it."""
     return _card
 
 

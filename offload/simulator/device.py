@@ -76,7 +76,6 @@ __all__ = [
 ]
 
 OutOfMemoryError = torch.OutOfMemoryError
-DEFAULT_NAME = "Simulated accelerator"
 
 _accelerator = torch.accelerator
 _device = torch.device("privateuseone", 0)
@@ -101,11 +100,12 @@ class Stream(torch.Stream):
         return torch.Stream.__new__(cls, device=_device, priority=priority)
 
 
-class Event(torch.Event):
-    """An event of the simulated device; unlike ``torch.Event`` it is timed unless told otherwise."""
+def Event(enable_timing: bool = True, blocking: bool = False, interprocess: bool = False) -> torch.Event:
+    """An event of the simulated device, timed unless told otherwise.
 
-    def __new__(cls, enable_timing: bool = True, blocking: bool = False, interprocess: bool = False) -> Event:
-        return torch.Event.__new__(cls, device=_device, enable_timing=enable_timing)
+    Not a class: ``torch.Event.elapsed_time`` takes no subclass of itself.
+    """
+    return torch.Event(device=_device, enable_timing=enable_timing)
 
 
 class device:
@@ -202,8 +202,7 @@ def mem_get_info(device: Any = None) -> tuple[int, int]:
 
 
 def get_device_name(device: Any = None) -> str:
-    used = card()
-    return DEFAULT_NAME if used is None else f"{used.name} (simulated)"
+    return card().device_name
 
 
 def get_device_properties(device: Any = None) -> Properties:

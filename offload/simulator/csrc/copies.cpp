@@ -64,7 +64,7 @@ Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) 
     to.copy_(source.is_privateuseone() ? host_alias(source) : source);
   }
   if (source.is_privateuseone() && target.is_privateuseone()) {
-    charge_kernel("aten::copy_", {{source, target}, {source, target}, {false, true}, {}});
+    charge_kernel("aten::copy_", {{source, target}, {{source, true, false}, {target, false, true}}, {}});
     return target;
   }
 

@@ -60,11 +60,12 @@ void charge_kernel(const std::string& op, const KernelTensors& tensors) {
 
   double bytes = 0;
   bool half = true;
-  for (const Tensor& tensor : tensors.unique) {
-    bytes += bytes_of(tensor);
-    if (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble) half = false;
+  for (const Operand& operand : tensors.operands) {
+    bytes += bytes_of(operand.tensor) * (double(operand.read) + double(operand.written));
+    const auto dtype = operand.tensor.scalar_type();
+    if (dtype == at::kFloat || dtype == at::kDouble) half = false;
   }
-  for (const Tensor& tensor : tensors.outputs) bytes += bytes_of(tensor);
+  for (const Tensor& output : tensors.outputs) bytes += bytes_of(output);
   const double flops = flops_of(op, tensors.arguments, tensors.outputs);
   const double peak = half ? s.config.flops16 : s.config.flops32;
   const double duration = std::max({flops / peak, bytes / s.config.hbm, s.config.kernel_min});
@@ -72,13 +73,12 @@ void charge_kernel(const std::string& op, const KernelTensors& tensors) {
 
   const int64_t stream = current_stream();
   enqueue(stream, duration, s.compute, op.c_str(), int64_t(bytes), flops);
-  for (size_t i = 0; i < tensors.unique.size(); i++) {
-    touch(tensors.unique[i], stream, tensors.written[i], op.c_str());
-  }
+  for (const Operand& operand : tensors.operands) touch(operand.tensor, stream, operand.written, op.c_str());
   for (const Tensor& output : tensors.outputs) {
-    // A view of an input is no write; a fresh output is.
-    const bool view = std::any_of(tensors.unique.begin(), tensors.unique.end(),
-                                  [&](const Tensor& input) { return same_storage(input, output); });
+    // A view of an operand is no write; a fresh result is.
+    const bool view = std::any_of(tensors.operands.begin(), tensors.operands.end(), [&](const Operand& operand) {
+      return same_storage(operand.tensor, output);
+    });
     if (!view) touch(output, stream, /*write=*/true, op.c_str());
   }
   if (needs_value_on_host(op, tensors.arguments)) wait_for_stream(stream);

@@ -9,12 +9,18 @@
 
 namespace sim {
 
-// The tensors of one operation. `unique` and `written` name each device tensor once; `arguments` holds every tensor
-// argument in order, repeats and CPU tensors included.
+// A device tensor that a kernel was given. An out= argument is written only, an in-place one is read and written.
+struct Operand {
+  Tensor tensor;
+  bool read;
+  bool written;
+};
+
+// The tensors of one operation: every tensor argument in order, repeats and CPU tensors included; each device tensor
+// among them once; and the results that are not one of them.
 struct KernelTensors {
   std::vector<Tensor> arguments;
-  std::vector<Tensor> unique;
-  std::vector<bool> written;
+  std::vector<Operand> operands;
   std::vector<Tensor> outputs;
 };
 

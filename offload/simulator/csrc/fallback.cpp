@@ -39,16 +39,17 @@ using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 void lower_argument(c10::IValue& value, const c10::Argument& argument, Lowering& lowering) {
   const bool written = argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+  const bool read = !argument.is_out();
   if (value.isTensor()) {
-    value = lowering.lower(value.toTensor(), written);
+    value = lowering.lower(value.toTensor(), read, written);
   } else if (value.isTensorList()) {
     auto tensors = value.toTensorVector();
-    for (Tensor& tensor : tensors) tensor = lowering.lower(tensor, written);
+    for (Tensor& tensor : tensors) tensor = lowering.lower(tensor, read, written);
     value = c10::List<Tensor>(tensors);
   } else if (value.isOptionalTensorList()) {
     OptionalTensors lowered;
     for (const std::optional<Tensor>& tensor : value.toOptionalTensorVector()) {
-      lowered.push_back(tensor ? std::optional<Tensor>(lowering.lower(*tensor, written)) : tensor);
+      lowered.push_back(tensor ? std::optional<Tensor>(lowering.lower(*tensor, read, written)) : tensor);
     }
     value = lowered;
   } else if (value.isDevice()) {
@@ -72,7 +73,7 @@ void lift_result(c10::IValue& value, Lowering& lowering) {
 
 }  // namespace
 
-Tensor Lowering::lower(const Tensor& tensor, bool written) {
+Tensor Lowering::lower(const Tensor& tensor, bool read, bool written) {
   if (!tensor.defined()) return tensor;
   tensors_.arguments.push_back(tensor);
   if (!tensor.is_privateuseone()) {
@@ -80,13 +81,14 @@ Tensor Lowering::lower(const Tensor& tensor, bool written) {
     const bool number = tensor.unsafeGetTensorImpl()->is_wrapped_number();
     return ghost_ && tensor.is_cpu() && !number ? meta_like(tensor) : tensor;
   }
-  for (size_t i = 0; i < tensors_.unique.size(); i++) {
-    if (!tensors_.unique[i].is_same(tensor)) continue;
-    if (written) tensors_.written[i] = true;
+  for (size_t i = 0; i < lowered_.size(); i++) {
+    Operand& known = tensors_.operands[i];
+    if (!known.tensor.is_same(tensor)) continue;
+    known.read |= read;
+    known.written |= written;
     return lowered_[i];
   }
-  tensors_.unique.push_back(tensor);
-  tensors_.written.push_back(written);
+  tensors_.operands.push_back({tensor, read, written});
   lowered_.push_back(ghost_ ? meta_like(tensor) : host_alias(tensor));
   return lowered_.back();
 }
@@ -94,24 +96,21 @@ Tensor Lowering::lower(const Tensor& tensor, bool written) {
 Tensor Lowering::lift(const Tensor& result) {
   if (!result.defined()) return result;
   if (!result.is_cpu() && !(ghost_ && result.is_meta())) return result;
-  Tensor lifted;
-  for (size_t i = 0; i < lowered_.size() && !lifted.defined(); i++) {
-    if (lowered_[i].is_same(result)) lifted = tensors_.unique[i];
+  for (size_t i = 0; i < lowered_.size(); i++) {
+    if (lowered_[i].is_same(result)) return tensors_.operands[i].tensor;
   }
-  if (!lifted.defined() && result.is_meta()) {
-    lifted = at::detail::empty_strided_generic(result.sizes(), result.strides(), device_allocator(), kDeviceKey,
-                                               result.scalar_type());
-  } else if (!lifted.defined()) {
-    lifted = device_tensor(device_storage_of(result.storage(), adopted_), result);
-  }
+  Tensor lifted = result.is_meta()
+                      ? at::detail::empty_strided_generic(result.sizes(), result.strides(), device_allocator(),
+                                                          kDeviceKey, result.scalar_type())
+                      : device_tensor(device_storage_of(result.storage(), adopted_), result);
   tensors_.outputs.push_back(lifted);
   return lifted;
 }
 
 void Lowering::write_back() {
   for (size_t i = 0; i < lowered_.size(); i++) {
-    if (!tensors_.written[i]) continue;
-    const Tensor& original = tensors_.unique[i];
+    if (!tensors_.operands[i].written) continue;
+    const Tensor& original = tensors_.operands[i].tensor;
     const Tensor& host = lowered_[i];
     if (ghost_) {
       if (original.sizes() != host.sizes()) original.resize_(host.sizes());
@@ -129,7 +128,7 @@ void Lowering::write_back() {
 }
 
 void Lowering::check_same_device(const std::string& op) const {
-  const bool mixed = cpu_argument_ && !tensors_.unique.empty();
+  const bool mixed = cpu_argument_ && !tensors_.operands.empty();
   TORCH_CHECK(!mixed || mixed_devices_allowed(op),
               "Expected all tensors to be on the same device, but found at least two devices, ", kDevice,
               " and cpu! (", op, ")");

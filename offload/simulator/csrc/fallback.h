@@ -15,7 +15,7 @@ class Lowering {
   explicit Lowering(bool ghost) : ghost_(ghost) {}
 
   bool ghost() const { return ghost_; }
-  Tensor lower(const Tensor& tensor, bool written = false);
+  Tensor lower(const Tensor& tensor, bool read = true, bool written = false);
   Tensor lift(const Tensor& result);
 
   // Follows in-place and out= operations that resized or replaced their target.
@@ -30,7 +30,7 @@ class Lowering {
   bool ghost_;
   bool cpu_argument_ = false;
   KernelTensors tensors_;
-  std::vector<Tensor> lowered_;  // parallel to tensors_.unique
+  std::vector<Tensor> lowered_;  // parallel to tensors_.operands
   Adopted adopted_;
 };
 

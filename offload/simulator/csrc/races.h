@@ -3,7 +3,7 @@
 // Happens-before is kept with one vector clock per stream, event and for the host. Each storage remembers, by byte
 // range, the last write and the last read per stream; so two slots of one ring buffer may belong to two streams,
 // while overlapping ranges are caught. A strided view counts as its whole span: columns of one matrix used on two
-// streams are reported although no byte is shared. Races on *host* memory are not seen, because operations on CPU
+// streams are reported although no byte is shared. All host threads count as one. Races on *host* memory are not seen, because operations on CPU
 // tensors do not pass through here: overwriting a pinned source before its copy is done goes unnoticed.
 #pragma once
 
