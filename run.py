@@ -42,9 +42,13 @@ def make_venv() -> None:
     if importlib.util.find_spec("ensurepip"):
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
         return
-    # Debian and Ubuntu split ensurepip off into python3-venv; the pip that is there can serve the new environment.
+    # Debian and Ubuntu split ensurepip off into python3-venv. The pip that is there, however old, can fetch another
+    # one, and a pip wheel installs itself.
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(VENV)], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(venv_python()), "install", "pip"], check=True)
+    folder = VENV / "pip"
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "pip"], check=True)
+    (wheel,) = folder.glob("pip-*.whl")
+    subprocess.run([str(venv_python()), str(wheel / "pip"), "install", "-q", "--no-index", str(wheel)], check=True)
 
 
 def pip(*arguments: str) -> bool:
