@@ -1,0 +1,35 @@
+"""Choosing the one device that is used. Invariant: one accelerator is used, the others are named and never touched."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Backend, DeviceMemory, Mark
+from .cpu import CpuBackend
+from .generic import AcceleratorBackend
+
+__all__ = ["Backend", "CpuBackend", "DeviceMemory", "Mark", "NoAcceleratorError", "open_backend"]
+
+
+class NoAcceleratorError(RuntimeError):
+    """No accelerator is present, so there is nothing to offload from."""
+
+
+def open_backend(device: str | torch.device | None = None) -> Backend:
+    """The backend of `device`, or of the current accelerator.
+
+    Raises:
+        NoAcceleratorError: (a RuntimeError) no device was named and torch sees no accelerator.
+    """
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is None:
+            raise NoAcceleratorError(
+                "Offloading requires an accelerator, but torch found none. Install a torch build for your GPU, "
+                "or pass device='cpu' to run everything from system memory (mode none)."
+            )
+        device = found
+    wanted = torch.device(device)
+    if wanted.type == "cpu":
+        return CpuBackend()
+    return AcceleratorBackend(wanted)

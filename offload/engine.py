@@ -1,0 +1,338 @@
+"""Executes a plan on a module tree. Invariant: a module carries our hooks if and only if its weights are not resident.
+
+A resident leaf runs exactly as it would without us. A unit that is not resident carries a hook before and after its
+forward: in a stage that streams, the pair passes it through the ring; otherwise the first touch asks the session for
+a stage. Some units cannot flow: tied storages, modules called twice in a forward, tensors used outside their own
+module's forward. They are *held*: brought up once per forward, and released when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .backend import Backend
+from .demand import DemandPaging
+from .ledger import Ledger, Reason
+from .plan import Plan, units_to_free
+from .stream import Order, Stream, on_copy_stream, parts
+from .units import Component, Storage, Unit, aligned
+from .weights import Weights
+
+WATCHED_FORWARDS = 2  # forwards that are watched for stray uses while some streamed units have not run yet
+
+
+class Engine(Protocol):
+    """What a session asks of whatever moves a component's weights. Sizes are device bytes."""
+
+    @property
+    def device_bytes(self) -> int: ...
+
+    def missing_bytes(self, plan: Plan) -> int: ...
+
+    def apply(self, plan: Plan, reason: Reason, *, avoidable: bool = False) -> None: ...
+
+    def evict(self, nbytes: int | None, reason: Reason) -> int: ...
+
+    def forward(self, entry: str) -> contextlib.AbstractContextManager[None]: ...
+
+    def abort(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class StreamEngine:
+    """The engine of one component: resident buffers, held buffers, a stream, hooks.
+
+    `on_touch` is called when a unit without its weights is used while no entry point of the component is running.
+    """
+
+    def __init__(
+        self,
+        component: Component,
+        weights: Weights,
+        backend: Backend,
+        ledger: Ledger,
+        copy_stream: Any,
+        on_touch: Callable[[], None],
+    ) -> None:
+        self.component = component
+        self.weights = weights
+        self.plan: Plan | None = None
+        self.stream = Stream(component, weights, backend, ledger, copy_stream)
+        self.held_units = {u.index for u in component.units if u.tied or not u.is_leaf}
+        # held from the start of every forward: nobody calls their module, or its hooks would change what runs
+        self._upfront = {u.index for u in component.units if not u.hookable}
+        self.held_units |= self._upfront
+        self._backend = backend
+        self._ledger = ledger
+        self._copy_stream = copy_stream
+        self._on_touch = on_touch
+        self._loaded: dict[int, torch.Tensor] = {}  # unit index -> its resident buffer
+        self._held: dict[int, torch.Tensor] = {}  # storage index -> its buffer, for this forward
+        self._hooks: dict[int, list[Any]] = {}
+        self._orders: dict[str, Order] = {}
+        self._open = False  # a forward is running
+        self._implicit: Unit | None = None  # a unit called from outside any entry point: its call is the forward
+        self._moving = False  # we are rebinding tensors, which demand paging must not take for a use
+        self._owners = {id(ref.tensor): storage for storage in component.storages for ref in storage.refs}
+        self._arm_all()
+
+    # ------------------------------------------------------------------ figures
+    @property
+    def loaded(self) -> frozenset[int]:
+        """Indexes of the resident units."""
+        return frozenset(self._loaded)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device bytes of the resident units."""
+        return sum(buffer.numel() for buffer in self._loaded.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Device bytes of resident units, ring and held storages."""
+        return self.resident_bytes + self.stream.device_bytes + sum(aligned(b.numel()) for b in self._held.values())
+
+    def missing_bytes(self, plan: Plan) -> int:
+        """Device bytes that `apply(plan)` would allocate, the ring included."""
+        load = sum(self.component.units[i].slot_bytes for i in plan.resident - self._loaded.keys())
+        return load + max(0, aligned(plan.ring_bytes) - self.stream.device_bytes)
+
+    def surplus_bytes(self, plan: Plan) -> int:
+        """Device bytes that `apply(plan)` would give back before it allocates."""
+        drop = sum(self.component.units[i].slot_bytes for i in self._loaded.keys() - plan.resident)
+        return drop + max(0, self.stream.device_bytes - aligned(plan.ring_bytes))
+
+    def order_of(self, entry: str) -> list[int] | None:
+        """The recorded order of streamed units (indexes) for an entry point."""
+        order = self._orders.get(entry)
+        return order.known if order else None
+
+    # ------------------------------------------------------------------ placement
+    def apply(self, plan: Plan, reason: Reason, *, avoidable: bool = False) -> None:
+        """Make the resident set and the ring what `plan` says.
+
+        All device memory is allocated before anything is copied: where there is no room, `torch.OutOfMemoryError`
+        leaves what was loaded before as it was.
+        """
+        self._drop(self._loaded.keys() - plan.resident, reason)
+        missing = sorted(plan.resident - self._loaded.keys())
+        if missing:
+            self.stream.forget()
+        buffers: dict[int, torch.Tensor] = {}
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.stream.resize(plan.ring_bytes)
+                for index in missing:
+                    buffers[index] = self._backend.empty(self.component.units[index].slot_bytes)
+                if buffers:
+                    self._load(buffers, reason, avoidable)
+        finally:
+            self._arm_all()
+        self.plan = plan
+
+    def _load(self, buffers: dict[int, torch.Tensor], reason: Reason, avoidable: bool) -> None:
+        copies = [pair for index, buffer in buffers.items() for pair in parts(self.component.units[index], buffer)]
+        with self._ledger.span("onload"):
+            with on_copy_stream(self._backend, self._copy_stream):
+                start = self._backend.record(self._copy_stream, timed=True)
+                for storage, part in copies:
+                    self.weights.copy_to(storage, part)
+                end = self._backend.record(self._copy_stream, timed=True)
+            self._backend.current_stream().wait_event(end)
+            self._bind(copies)
+        self._loaded.update(buffers)
+        nbytes = sum(storage.nbytes for storage, _ in copies)
+        self._ledger.move(
+            self.component.name,
+            "h2d",
+            nbytes,
+            reason,
+            copy_start=start,
+            copy_end=end,
+            avoidable=avoidable,
+            count=len(copies),
+        )
+
+    def _bind(self, copies: Iterable[tuple[Storage, torch.Tensor]]) -> None:
+        for storage, part in copies:
+            self.weights.bind(storage, part)
+
+    def evict(self, nbytes: int | None, reason: Reason) -> int:
+        """Free at least `nbytes` of device memory (all of it where None) without copying anything.
+
+        Takes the ring first: outside a stage it holds nothing of value. Returns the device bytes that came free.
+        """
+        before = self.device_bytes
+        self.stream.drop()
+        freed = before - self.device_bytes
+        if nbytes is None:
+            self._drop(self._loaded.keys(), reason)
+        elif freed < nbytes:
+            self._drop(units_to_free(self.component, self._loaded, nbytes - freed), reason)
+        self._arm_all()
+        return before - self.device_bytes
+
+    def _drop(self, indexes: Iterable[int], reason: Reason) -> None:
+        gone = list(indexes)
+        if not gone:
+            return
+        with self._ledger.span("evict"):
+            freed = came_down = 0
+            for index in gone:
+                unit = self.component.units[index]
+                for storage in unit.storages:
+                    came_down += self.weights.unbind(storage)
+                freed += unit.nbytes
+                del self._loaded[index]
+        self._ledger.move(self.component.name, "drop", freed, reason, count=len(gone))
+        if came_down:
+            self._ledger.event("state", f"{self.component.name}: kept {came_down} bytes of buffers that it wrote")
+
+    # ------------------------------------------------------------------ hooks
+    def _arm_all(self) -> None:
+        """Hooks on exactly the units whose weights are not resident."""
+        loaded = self._loaded
+        for unit in self.component.units:
+            resident = unit.index in loaded or (not unit.storages and bool(unit.borrowed))
+            if resident and unit.borrowed:
+                resident = all(storage.unit in loaded for storage in unit.borrowed)
+            if resident:
+                for handle in self._hooks.pop(unit.index, ()):
+                    handle.remove()
+            elif unit.index not in self._hooks and unit.hookable:
+                self._arm(unit)
+
+    def _arm(self, unit: Unit) -> None:
+        self._hooks[unit.index] = [
+            unit.module.register_forward_pre_hook(lambda module, args: self._before(unit)),
+            unit.module.register_forward_hook(lambda module, args, output: self._after(unit)),
+        ]
+
+    def _before(self, unit: Unit) -> None:
+        if not self._open:
+            self._on_touch()
+            if unit.index not in self._hooks:
+                return  # the session made the component resident
+            self._implicit = unit
+            self._open_forward(f"<{unit.name}>", wrap=False)
+        self._moving = True
+        try:
+            if unit.index in self.held_units:
+                self._hold(unit)
+            else:
+                self.stream.take(unit)
+        finally:
+            self._moving = False
+
+    def _after(self, unit: Unit) -> None:
+        self._moving = True
+        try:
+            self.stream.give(unit)
+        finally:
+            self._moving = False
+        if self._implicit is unit:
+            self._close_forward()
+
+    # ------------------------------------------------------------------ a forward
+    @contextlib.contextmanager
+    def forward(self, entry: str) -> Iterator[None]:
+        """Run one call of an entry point of the component inside this."""
+        if self._open or len(self._loaded) == len(self.component.units):
+            yield  # an entry point that calls another one, or everything is resident
+            return
+        order = self._open_forward(entry, wrap=self.plan is not None and self.plan.wrap)
+        try:
+            with self._watch(order):
+                yield
+        except BaseException:
+            self.abort()
+            raise
+        self._close_forward()
+
+    def _watch(self, order: Order) -> contextlib.AbstractContextManager[Any]:
+        if order.known is not None and not order.deviated:
+            flowing = self._hooks.keys() - self.held_units
+            if order.forwards >= WATCHED_FORWARDS or flowing <= set(order.known):
+                return contextlib.nullcontext()
+        return DemandPaging(self)
+
+    def _open_forward(self, entry: str, wrap: bool) -> Order:
+        if self.stream.busy or self._held:
+            self.abort()  # a direct call of a submodule raised, and left its unit up
+        order = self._orders.setdefault(entry, Order())
+        self.stream.open(order, wrap, self._loaded.keys() | self.held_units)
+        self._open = self._moving = True
+        try:
+            for index in self._upfront - self._loaded.keys():
+                self._hold(self.component.units[index])
+        except BaseException:
+            self.abort()
+            raise
+        self._moving = False
+        return order
+
+    def _close_forward(self) -> None:
+        self.held_units |= self.stream.close()
+        self._end_forward()
+
+    def _end_forward(self) -> None:
+        for index in self._held:
+            self.weights.unbind(self.component.storages[index])
+        self._held.clear()
+        self._open = self._moving = False
+        self._implicit = None
+
+    def abort(self) -> None:
+        """After an exception: nothing bound to the ring, nothing held, no forward open. Resident units stay."""
+        self.stream.abort()
+        self._end_forward()
+
+    def _hold(self, unit: Unit) -> None:
+        """Bring up what `unit` needs and is not on the device, until the forward ends."""
+        missing = [s for s in (*unit.storages, *unit.borrowed) if self.weights.bound(s) is None]
+        if missing:
+            buffer = self.stream.copy_aside(missing, sum(aligned(s.nbytes) for s in missing))
+            start = 0
+            for storage in missing:
+                self._held[storage.index] = buffer[start : start + storage.nbytes]
+                start += aligned(storage.nbytes)
+
+    def demand(self, tensor: torch.Tensor) -> None:
+        """`tensor` is about to be used: if it is a weight that is not on the device, hold its unit from now on."""
+        storage = self._owners.get(id(tensor))
+        if storage is None or self._moving or self.weights.bound(storage) is not None:
+            return
+        unit = self.component.units[storage.unit]
+        self._moving = True
+        try:
+            self.held_units.add(unit.index)
+            self._upfront.add(unit.index)
+            self._hold(unit)
+        finally:
+            self._moving = False
+
+    # ------------------------------------------------------------------ the end
+    def disarm(self) -> None:
+        """Take every hook off, whatever is resident."""
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
+        self._hooks.clear()
+
+    def detach(self) -> None:
+        """Every module as it was before: no hook, weights in memory of their own, on the device they came from."""
+        self.abort()
+        self.evict(None, "policy")
+        self.disarm()
+        self.weights.restore()
+
+
+def hooks_on(module: nn.Module) -> int:
+    """Forward hooks on one module, whoever put them there: counted by looking, for reports and tests."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)

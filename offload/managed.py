@@ -1,0 +1,98 @@
+"""One component under management. Invariant: after `release` its module is as it was before `Managed` took it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .activation import Signature
+from .backend import Backend
+from .engine import StreamEngine
+from .entries import Call, EntryPoints
+from .ledger import Category, Ledger
+from .plan import StagePlan
+from .policy import ComponentInfo, Role
+from .units import Component, build_component
+from .weights import Pinner, Weights
+
+# A plan is kept while the budget moves by less than this share of the component: a new one would only shuffle weights.
+STICKY_SHARE = 0.05
+
+
+class Managed:
+    """A component, its weights and engine, and where it stands in the current stage."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        role: Role,
+        entries: tuple[str, ...],
+        *,
+        backend: Backend,
+        ledger: Ledger,
+        copy_stream: Any,
+        pinner: Pinner,
+        on_touch: Callable[[Managed], None],
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.role: Role = role
+        self.entries = EntryPoints(module, entries)
+        self._make = (backend, ledger, copy_stream, pinner)
+        self._on_touch = on_touch
+        self._build(build_component(name, module, role))
+        # the stage
+        self.plan: StagePlan | None = None
+        self.placed = False  # the plan is on the device, and nothing was evicted from it since
+        self.reserved = 0  # activation bytes kept free in the current placement
+        self.accepted: set[Signature] = set()  # signatures that this placement has room for
+        self.calls = 0  # calls in the current stage
+        self.running = 0  # depth of calls in progress
+        self.rungs: set[str] = set()  # steps down taken in the current stage
+        self.limit: int | None = None  # device bytes that the last step down left it
+        self.retrying = False  # the call is being repeated after a step down
+        self.evicted_for: str | None = None  # reason of the last eviction, until it is loaded again
+
+    def _build(self, component: Component) -> None:
+        backend, ledger, copy_stream, pinner = self._make
+        self.component = component
+        self.weights = Weights(component, backend, pinner)
+        self.engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
+
+    @property
+    def info(self) -> ComponentInfo:
+        """What the policy needs to know of it."""
+        return ComponentInfo(self.name, type(self.module).__name__, self.role, self.component.weight_bytes)
+
+    def category(self, entry: str) -> Category:
+        """What its time counts as in the report."""
+        if self.role == "vae":
+            return "encode" if entry.endswith("encode") else "decode"
+        return "encode" if self.role == "text_encoder" else "denoise"
+
+    def shadow(self, call: Call, on_apply: Call) -> None:
+        """Take calls of the entry points, and conversions (`.to`, `.half`) of the whole module."""
+        if not self.entries.attached:
+            self.entries.attach(call)
+            self.entries.shadow("_apply", on_apply)
+
+    def unplace(self) -> None:
+        """The device no longer holds what the plan says, or the plan may no longer hold."""
+        self.placed = False
+        self.accepted.clear()
+
+    def rebuild(self) -> None:
+        """Something else replaced or converted the weights: take them as they are now."""
+        self.engine.disarm()
+        self.weights.abandon()
+        self._build(build_component(self.name, self.module, self.role))
+        self.plan = None
+        self.unplace()
+
+    def release(self) -> None:
+        """Give the module back."""
+        self.entries.detach()
+        self.engine.detach()

@@ -1,0 +1,270 @@
+"""Stages: who is on the device while a component runs. Invariant: decided once per stage, and left alone inside it.
+
+A stage begins when another component is called, or the same one with inputs that need more room. Components that
+take turns within every step (a control net and its denoiser) share one placement, so that their turns cost nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+
+from . import arbiter
+from .activation import ActivationPeaks, Signature
+from .backend import Backend, DeviceMemory
+from .ledger import Ledger
+from .managed import STICKY_SHARE, Managed
+from .plan import StagePlan
+from .policy import OffloadMode, ResolvedPolicy
+
+GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
+HISTORY = 64
+
+
+class Stages:
+    """Decides and carries out placements. `components` is the session's own mapping; `resolve` its policy, now."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        ledger: Ledger,
+        components: dict[str, Managed],
+        resolve: Callable[[], ResolvedPolicy],
+    ) -> None:
+        self.peaks = ActivationPeaks()
+        self.peak_allocated = 0
+        self.resident_peak = 0
+        self.high_crossings = 0
+        self._backend = backend
+        self._ledger = ledger
+        self._components = components
+        self._resolve = resolve
+        self._policy: ResolvedPolicy | None = None
+        self._active: Managed | None = None
+        self._turn: frozenset[str] = frozenset()
+        self._history: deque[tuple[str, int]] = deque(maxlen=HISTORY)
+        self._first_use: list[str] = []
+        self._base = 0
+        self._last_gc = 0.0
+
+    # ------------------------------------------------------------------ the way in
+    def enter(self, managed: Managed, entry: str, sig: Signature) -> None:
+        """The component is about to run. Returns at once while its placement holds."""
+        active = self._active
+        if managed.placed and sig in managed.accepted:
+            if active is managed:
+                return
+            if managed.name in self._turn:
+                self._history.append((active.name if active else "", 1))
+                self._active = managed
+                return
+        headroom = self._policy.headroom if self._policy is not None else None
+        need, _ = self.peaks.expect(managed.component, entry, sig, headroom)
+        if active is managed and managed.placed and need <= managed.reserved:
+            managed.accepted.add(sig)
+            return
+        self._change(managed, entry, sig)
+
+    def leave(self) -> None:
+        """The stage that is open ends: learn its activation peak."""
+        active, self._active = self._active, None
+        self._turn = frozenset()
+        if active is None:
+            return
+        peak = self.note_peak()
+        if active.placed and active.calls:
+            for sig in active.accepted:
+                self.peaks.learn(active.name, sig, max(0, peak - self._base))
+        self._history.append((active.name, active.calls))
+        self._ledger.stage_end(peak)
+
+    def abandon(self, managed: Managed) -> None:
+        """A call of `managed` raised: nothing was learned, and its next call begins a stage of its own."""
+        managed.engine.abort()
+        managed.unplace()
+        self._active = None
+        self._turn = frozenset()
+        self.note_peak()
+
+    def begin_run(self) -> None:
+        """A new run: peaks start again, and turns are not carried over."""
+        self.leave()
+        self._history.clear()
+        self.peak_allocated = self.resident_peak = self.high_crossings = 0
+        self._backend.reset_peak()
+        if self._policy is not None:
+            self.note()
+
+    # ------------------------------------------------------------------ a stage
+    def _change(self, managed: Managed, entry: str, sig: Signature) -> None:
+        if self._active is not managed and not managed.retrying:
+            managed.rungs.clear()
+            managed.limit = None
+        self.leave()
+        if managed.weights.foreign_change() is not None:
+            managed.rebuild()
+            self.peaks.forget(managed.name)
+        if managed.name not in self._first_use:
+            self._first_use.append(managed.name)
+        policy = self._policy = self._resolve()
+        activations, _ = self.peaks.expect(managed.component, entry, sig, policy.headroom)
+        decoding = managed.category(entry) == "decode"
+        now = self._backend.memory()
+        have = self._have(now)
+        if always_resident(policy):
+            self._ledger.stage_begin(managed.category(entry), managed.name, need=activations, have=have)
+        else:
+            self._turn = self._takes_turns(managed)
+            plan = self._plan(managed, entry, activations, decoding)
+            need = managed.engine.missing_bytes(plan) + activations
+            self._ledger.stage_begin(managed.category(entry), managed.name, need=need, have=have)
+            gone = arbiter.at_stage_change(
+                policy, self._evictable(managed), decoding=decoding, used=now.total - now.free
+            )
+            self.evict(gone)
+            self._flush_cache()
+            self._make_room(managed, plan, activations, decoding)
+            managed.plan = plan
+            avoidable = policy.fits and managed.evicted_for in ("low", "always", "policy", "external")
+            managed.engine.apply(plan, "stage", avoidable=avoidable)
+            managed.evicted_for = None
+        managed.placed = True
+        managed.reserved = activations
+        managed.accepted = {sig}
+        managed.calls = 0
+        self._active = managed
+        self.note()
+        self._backend.reset_peak()
+        self._base = self._backend.memory().allocated
+
+    def _have(self, now: DeviceMemory) -> int:
+        assert self._policy is not None
+        return now.free + now.reclaimable - self._policy.reserve
+
+    def _plan(self, managed: Managed, entry: str, activations: int, decoding: bool) -> StagePlan:
+        policy = self._policy
+        assert policy is not None
+        now = self._backend.memory()
+        partners = [self._components[n] for n in self._turn if n != managed.name]
+        keep = decoding and policy.before_decode == "keep"
+        evictable = 0 if keep else sum(o.nbytes for o in self._evictable(managed) if o.name not in self._turn)
+        activations = max([activations, *(p.reserved for p in partners)])
+        own = sum(m.engine.device_bytes for m in (managed, *partners))
+        room = self._have(now) + own + evictable - activations - arbiter.slack(now.total)
+        if partners:
+            wishes = {m.name: m.component.device_bytes for m in (managed, *partners)}
+            room = arbiter.shares(wishes, room)[managed.name]
+        if managed.limit is not None:
+            room = min(room, managed.limit)
+        if managed.plan is not None and self._still_good(managed, managed.plan, room):
+            return managed.plan
+        held = frozenset(managed.engine.held_units)
+        return arbiter.choose_plan(policy, managed.component, room, held, managed.engine.order_of(entry))
+
+    def _still_good(self, managed: Managed, plan: StagePlan, room: int) -> bool:
+        """Whether a plan from before still fits, and a new one would hardly hold more."""
+        policy = self._policy
+        assert policy is not None
+        if policy.mode in (OffloadMode.MODEL, OffloadMode.SEQUENTIAL) or managed.name in policy.never:
+            return False
+        room = room if policy.high is None else min(room, policy.high)
+        whole = managed.component.device_bytes
+        if not plan.resident or plan.device_bytes > room:
+            return False
+        return not plan.streams or (whole > room and room - plan.device_bytes < STICKY_SHARE * whole)
+
+    def _make_room(self, managed: Managed, plan: StagePlan, activations: int, decoding: bool) -> None:
+        """Evict for what the plan still has to load and for the activations, by need, and no further."""
+        policy = self._policy
+        assert policy is not None
+        for name in self._turn - {managed.name}:
+            partner = self._components[name]
+            share = self._plan(partner, "forward", partner.reserved, False)
+            excess = partner.engine.device_bytes - share.device_bytes
+            if excess > 0:
+                partner.engine.apply(share.within(partner.engine.loaded), "need")
+            partner.plan = share
+        now = self._backend.memory()
+        have = self._have(now) + managed.engine.surplus_bytes(plan)
+        missing = managed.engine.missing_bytes(plan) + activations + arbiter.slack(now.total) - have
+        if missing > 0 and not (decoding and policy.before_decode == "keep"):
+            self.evict(arbiter.for_need([o for o in self._evictable(managed) if o.name not in self._turn], missing))
+
+    def _evictable(self, managed: Managed) -> list[arbiter.Other]:
+        assert self._policy is not None
+        return [
+            arbiter.Other(m.name, m.engine.device_bytes, self._distance(managed.name, m.name))
+            for m in self._components.values()
+            if m is not managed and not m.running and m.name not in self._policy.never and m.engine.device_bytes
+        ]
+
+    def _distance(self, now: str, other: str) -> int:
+        """Stages until `other` runs again, by the order of first use, which recurs from run to run."""
+        order = self._first_use
+        if other not in order:
+            return len(order)
+        return (order.index(other) - order.index(now)) % len(order)
+
+    def _takes_turns(self, managed: Managed) -> frozenset[str]:
+        assert self._policy is not None
+        if self._policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE):
+            return frozenset()
+        return frozenset(n for n in arbiter.in_turns(self._history, managed.name) if n in self._components)
+
+    # ------------------------------------------------------------------ making room
+    def evict(self, evictions: list[arbiter.Eviction]) -> int:
+        """Carry out evictions; the device bytes that came free."""
+        freed = 0
+        for eviction in evictions:
+            other = self._components[eviction.name]
+            freed += other.engine.evict(eviction.nbytes, eviction.reason)
+            other.unplace()
+            other.evicted_for = eviction.reason
+        return freed
+
+    def free(self, nbytes: int | None) -> int:
+        """Free at least `nbytes` for a host that asks (everything where None); the device bytes that came free."""
+        self.leave()
+        others = [
+            arbiter.Other(m.name, m.engine.device_bytes, 0)
+            for m in self._components.values()
+            if not m.running and m.engine.device_bytes
+        ]
+        if nbytes is None:
+            return self.evict([arbiter.Eviction(o.name, None, "external") for o in others])
+        return self.evict([dataclasses.replace(e, reason="external") for e in arbiter.for_need(others, nbytes)])
+
+    def _flush_cache(self) -> None:
+        """Give cached blocks back to the driver where the policy's threshold says so, at most every 0.2 s."""
+        assert self._policy is not None
+        now = self._backend.memory()
+        used = now.total - now.free
+        due = time.monotonic() - self._last_gc >= GC_INTERVAL
+        if due and now.reclaimable and used > self._policy.gc_threshold * max(1, self._policy.available):
+            self._backend.empty_cache()
+            self._last_gc = time.monotonic()
+
+    # ------------------------------------------------------------------ figures
+    def note_peak(self) -> int:
+        """Take over the allocator's peak since it was last reset; bytes."""
+        peak = self._backend.peak_allocated()
+        self.peak_allocated = max(self.peak_allocated, peak)
+        return peak
+
+    def note(self) -> None:
+        """Weights on the device have changed: keep the peaks, and count a component over the high mark."""
+        sizes = {name: m.engine.device_bytes for name, m in self._components.items()}
+        self.resident_peak = max(self.resident_peak, sum(sizes.values()))
+        policy = self._policy
+        if policy is not None and policy.high is not None:
+            over = [n for n, size in sizes.items() if size > policy.high and n not in policy.never]
+            self.high_crossings += len(over)
+        self.note_peak()
+        self._ledger.note_vram(self._backend.memory().allocated, sum(sizes.values()))
+
+
+def always_resident(policy: ResolvedPolicy) -> bool:
+    """Mode none by the user's word or the device's nature: no hook, no shadowed method, no decision."""
+    return policy.mode is OffloadMode.NONE and policy.sources["mode"] != "fit"

@@ -1,0 +1,223 @@
+"""CPU masters: the one copy of every weight. Invariant: a master is copied from, never to, so eviction copies nothing.
+
+Binding a storage points every tensor that views it at a device buffer; unbinding points them back at the master.
+Parameter objects, ties and views keep their identity throughout, because only `.data` changes hands.
+
+Masters lie in page-locked slabs where the budget allows (a copy from those runs beside the compute), in definition
+order, and stay pageable beyond it. Slabs are powers of two, the sizes that torch's host allocator gives exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .backend import Backend
+from .units import ALIGNMENT, Component, Storage, TensorRef, aligned
+
+SLAB_BYTES = 256 << 20
+SMALLEST_SLAB = 1 << 20
+
+
+class Pinner:
+    """Hands out page-locked host memory within one RAM budget, shared by all components of a session."""
+
+    def __init__(self, backend: Backend, budget: int) -> None:
+        self._backend = backend
+        self.budget = budget
+        self.used = 0
+
+    def slab(self, nbytes: int) -> torch.Tensor | None:
+        """A pinned uint8 tensor of `nbytes`, or None where the budget or the system says no."""
+        if nbytes <= 0 or self.used + nbytes > self.budget:
+            return None
+        slab = self._backend.pinned_empty(nbytes)
+        if slab is not None:
+            self.used += nbytes
+        return slab
+
+    def give_back(self, nbytes: int) -> None:
+        """A slab of `nbytes` was dropped."""
+        self.used = max(0, self.used - nbytes)
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage of `tensor` as uint8, without copying."""
+    storage = tensor.untyped_storage()
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def slab_bytes(need: int) -> int:
+    """The slab that holds `need` bytes: the next power of two, exactly `need` for a storage beyond SLAB_BYTES."""
+    return need if need > SLAB_BYTES else max(SMALLEST_SLAB, 1 << (need - 1).bit_length())
+
+
+def slab_groups(sizes: list[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Group storages, (index, bytes) in order, into slabs of at most SLAB_BYTES, as many as `budget` bytes allow."""
+    groups: list[list[int]] = []
+    filled = 0
+    for index, nbytes in sizes:
+        room = aligned(nbytes)
+        joined = slab_bytes(filled + room)
+        if groups and filled + room <= SLAB_BYTES and joined - slab_bytes(filled) <= budget:
+            budget -= joined - slab_bytes(filled)
+            groups[-1].append(index)
+            filled += room
+        elif slab_bytes(room) <= budget:
+            budget -= slab_bytes(room)
+            groups.append([index])
+            filled = room
+    return groups
+
+
+class Weights:
+    """The masters of one component and what its tensors are bound to now."""
+
+    def __init__(self, component: Component, backend: Backend, pinner: Pinner) -> None:
+        self.component = component
+        self._backend = backend
+        self._pinner = pinner
+        self._pinned_bytes = 0
+        self._bound: dict[int, torch.Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self._originals: list[torch.device] = []
+        self.masters: list[torch.Tensor] = []
+        self._adopt()
+
+    # ------------------------------------------------------------------ masters
+    def _adopt(self) -> None:
+        """Take every storage as a CPU master, bringing down once what was loaded straight onto the device."""
+        for storage in self.component.storages:
+            raw = _raw(storage.refs[0].tensor)
+            self._originals.append(raw.device)
+            self.masters.append(raw if raw.device.type == "cpu" else raw.to("cpu"))
+        for storage in self.component.storages:
+            self._point_at_master(storage)
+        self._pin()
+        self._pinned_masters = {i for i, master in enumerate(self.masters) if master.is_pinned()}
+
+    def _pin(self) -> None:
+        """Move masters into pinned slabs, as far as the budget goes; pinned ones are adopted where they lie."""
+        if self._backend.device.type == "cpu":
+            return
+        todo = [i for i, master in enumerate(self.masters) if not master.is_pinned()]
+        with torch.inference_mode(False):
+            for group in slab_groups(
+                [(i, self.masters[i].numel()) for i in todo], self._pinner.budget - self._pinner.used
+            ):
+                need = sum(aligned(self.masters[i].numel()) for i in group)
+                slab = self._pinner.slab(slab_bytes(need))
+                if slab is None:
+                    return
+                self._pinned_bytes += slab.numel()
+                start = 0
+                for i in group:
+                    nbytes = self.masters[i].numel()
+                    home = slab[start : start + nbytes]
+                    home.copy_(self.masters[i])
+                    self.masters[i] = home
+                    self._point_at_master(self.component.storages[i])
+                    start += aligned(nbytes)
+
+    def is_pinned(self, storage: Storage) -> bool:
+        """Whether a copy from this master runs beside the compute, without holding the host."""
+        return storage.index in self._pinned_masters
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of masters in page-locked memory."""
+        return sum(self.masters[i].numel() for i in self._pinned_masters)
+
+    # ------------------------------------------------------------------ binding
+    @staticmethod
+    def _view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+        usable = raw.numel() - raw.numel() % ref.dtype.itemsize
+        typed = raw[:usable].view(ref.dtype)
+        return typed.as_strided(ref.size, ref.stride, typed.storage_offset() + ref.offset)
+
+    def _point_at_master(self, storage: Storage) -> None:
+        raw = self.masters[storage.index]
+        for ref in storage.refs:
+            ref.tensor.data = self._view(raw, ref)
+
+    def bind(self, storage: Storage, raw: torch.Tensor) -> None:
+        """Point the tensors of `storage` at `raw`, a device uint8 tensor of its size."""
+        for ref in storage.refs:
+            ref.tensor.data = self._view(raw, ref)
+            if ref.is_buffer:
+                self._versions[id(ref)] = _version(ref.tensor)
+        self._bound[storage.index] = raw
+
+    def unbind(self, storage: Storage) -> int:
+        """Point the tensors back at the master.
+
+        Returns the bytes that had to come down: 0 unless the model wrote into a buffer of its own while it ran
+        (a counter, a running statistic); such a buffer is state, not a weight, and would be lost otherwise.
+        """
+        raw = self._bound.pop(storage.index, None)
+        if raw is None:
+            return 0
+        came_down = 0
+        for ref in storage.refs:
+            if ref.is_buffer and _version(ref.tensor) != self._versions.pop(id(ref), -1):
+                self._view(self.masters[storage.index], ref).copy_(ref.tensor)
+                came_down += storage.nbytes
+        self._point_at_master(storage)
+        return came_down
+
+    def bound(self, storage: Storage) -> torch.Tensor | None:
+        """The device buffer that `storage` is bound to, or None while its tensors are at the master."""
+        return self._bound.get(storage.index)
+
+    def copy_to(self, storage: Storage, raw: torch.Tensor) -> None:
+        """Start the copy of a master into `raw` on the current stream (asynchronous where the master is pinned)."""
+        raw.copy_(self.masters[storage.index], non_blocking=True)
+
+    def foreign_change(self) -> str | None:
+        """The name of a tensor that something else has replaced or moved since we bound it, or None."""
+        return next((name for s in self.component.storages if (name := self._changed(s)) is not None), None)
+
+    def _changed(self, storage: Storage) -> str | None:
+        raw = self._bound.get(storage.index)
+        base = (raw if raw is not None else self.masters[storage.index]).data_ptr()
+        for ref in storage.refs:
+            tensor = ref.tensor
+            moved = tensor.data_ptr() != base + ref.offset * ref.dtype.itemsize or tensor.dtype != ref.dtype
+            if moved and tensor.numel():
+                return ref.name
+        return None
+
+    def abandon(self) -> None:
+        """Forget the masters, and leave the tensors as they are: something else has replaced them."""
+        self.masters = []
+        self._bound = {}
+        self._pinner.give_back(self._pinned_bytes)
+        self._pinned_bytes = 0
+
+    def restore(self) -> None:
+        """Give every storage memory of its own again, on the device it came from, and forget the masters.
+
+        A storage that something else has replaced meanwhile is left to it.
+        """
+        with torch.inference_mode(False):
+            for storage in self.component.storages:
+                if self._changed(storage) is not None:
+                    continue
+                self.unbind(storage)
+                home = self._originals[storage.index]
+                master = self.masters[storage.index]
+                own = master.numel() == master.untyped_storage().nbytes()
+                if home.type != "cpu":
+                    self.masters[storage.index] = master.to(home)
+                elif not own:
+                    self.masters[storage.index] = master.clone()
+                self._point_at_master(storage)
+        self.abandon()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often the tensor was written in place; inference tensors do not count, and read as never."""
+    return -2 if tensor.is_inference() else int(tensor._version)
+
+
+assert SLAB_BYTES % ALIGNMENT == 0
