@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch.utils.backend_registration import rename_privateuse1_backend
 
-from .build import BuildError, build, find_compiler
+from .build import BuildError, build_library, find_compiler
 
 SUPPORTED_TORCH = ("2.13",)
 """The torch minor versions that the C++ part was built and tested with. It uses torch's internal C++ interfaces,
@@ -82,7 +82,7 @@ def load(name: str = "vram") -> ModuleType:
     if not possible:
         raise SimulatorUnavailable(reason)
     try:
-        library = build()
+        library = build_library()
     except BuildError as error:
         raise SimulatorUnavailable(str(error)) from error
 

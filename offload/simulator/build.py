@@ -49,7 +49,7 @@ def cache_dir() -> Path:
 
 
 def library_path(compiler: str) -> Path:
-    """The file that ``build`` makes or finds: named after torch's full version and a digest of all that goes in."""
+    """The file that ``build_library`` makes or finds, named after torch's version and a digest of all that goes in."""
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -59,7 +59,7 @@ def library_path(compiler: str) -> Path:
     return cache_dir() / f"simulator-torch{torch.__version__}-{digest.hexdigest()[:16]}.so"
 
 
-def build() -> Path:
+def build_library() -> Path:
     """The path of the compiled library, compiling it first when the cache has none (some 20 s, about 1 GB of RAM).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Invariant: an operation on the device gives the CPU's result to the last bit, on the device, or fails as CUDA does."""
+"""Invariant: an operation on the device gives the CPU's result to the last bit, or fails as on CUDA."""
 
 from __future__ import annotations
 
