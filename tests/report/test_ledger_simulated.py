@@ -1,4 +1,4 @@
-"""The same promises on a device with streams: the simulated one, whose clock is exact. Skips where it is not to be had."""
+"""The same promises on a device with streams: the simulated one, whose clock is exact. Skips where it is absent."""
 
 from __future__ import annotations
 
