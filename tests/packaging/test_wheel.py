@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
@@ -50,3 +51,14 @@ def test_the_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     assert Path(done.stdout.strip()) == tmp_path / "balanced_offload" / "__init__.py"
     entry_points = next(tmp_path.glob("*.dist-info")) / "entry_points.txt"
     assert "balanced-offload = balanced_offload.offload.cli:main" in entry_points.read_text(encoding="utf-8")
+
+
+def test_the_command_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    # From a folder without the checkout, and before it on the path.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "balanced_offload", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout and "probe" in done.stdout

@@ -1,0 +1,143 @@
+"""Invariant: run.py installs torch first, pins what it found for all that follows, and does nothing the second time."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+class Machine:
+    """Plays pip and torch for run.py, and keeps what was asked of them."""
+
+    def __init__(self, script: ModuleType, offered: set[str], torch: str | None = None) -> None:
+        self.script, self.offered, self.torch = script, offered, torch
+        self.installs: list[tuple[str, ...]] = []
+
+    def make_venv(self) -> None:
+        python = self.script.venv_python()
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.touch()
+
+    def pip(self, *arguments: str) -> bool:
+        self.installs.append(arguments)
+        if arguments[0].startswith("torch"):
+            if arguments[0] not in self.offered:
+                return False
+            self.torch = "2.13.0+cpu" if "==" in arguments[0] else "2.15.0"
+        return True
+
+    def torch_version(self) -> str | None:
+        return self.torch
+
+
+@pytest.fixture
+def script(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """run.py as a module, set in an empty folder with this project's pyproject.toml."""
+    spec = importlib.util.spec_from_file_location("run_script", root / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "pyproject.toml").write_bytes((root / "pyproject.toml").read_bytes())
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.delenv("BALANCED_OFFLOAD_TORCH", raising=False)
+    return module
+
+
+def play(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *offered: str, torch: str | None = None) -> Machine:
+    machine = Machine(script, set(offered), torch)
+    for name in ("make_venv", "pip", "torch_version"):
+        monkeypatch.setattr(script, name, getattr(machine, name))
+    return machine
+
+
+def constrained(script: ModuleType, extra: str) -> tuple[str, ...]:
+    return ("-c", str(script.VENV / "constraints.txt"), "-e", f".[{extra}]")
+
+
+def test_torch_comes_first_and_is_pinned(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = play(script, monkeypatch, "torch==2.13.0")
+    script.set_up("test")
+    assert machine.installs == [("torch==2.13.0",), constrained(script, "dev")]
+    assert (script.VENV / "constraints.txt").read_text() == "torch==2.13.0+cpu\n"
+
+
+def test_the_second_time_nothing_is_installed(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = play(script, monkeypatch, "torch==2.13.0")
+    script.set_up("test")
+    count = len(machine.installs)
+    script.set_up("test")
+    assert len(machine.installs) == count
+    script.set_up("demo")
+    assert machine.installs[count:] == [constrained(script, "demo")]
+
+
+def test_changed_requirements_are_installed_again(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = play(script, monkeypatch, "torch==2.13.0")
+    script.set_up("demo")
+    count = len(machine.installs)
+    with (script.ROOT / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    script.set_up("demo")
+    assert machine.installs[count:] == [constrained(script, "demo")]
+
+
+def test_another_torch_where_the_first_choice_is_not_offered(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = play(script, monkeypatch, "torch>=2.7")
+    script.set_up("demo")
+    assert [arguments[0] for arguments in machine.installs[:2]] == ["torch==2.13.0", "torch>=2.7"]
+    assert (script.VENV / "constraints.txt").read_text() == "torch==2.15.0\n"
+
+
+def test_a_torch_that_is_there_stays(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = play(script, monkeypatch, "torch==2.13.0", torch="2.9.1")
+    script.set_up("demo")
+    assert machine.installs == [constrained(script, "demo")]
+    assert (script.VENV / "constraints.txt").read_text() == "torch==2.9.1\n"
+
+
+def test_the_users_torch_in_pips_words(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BALANCED_OFFLOAD_TORCH", "torch==2.9.1 --pre")
+    machine = play(script, monkeypatch, "torch==2.9.1")
+    script.set_up("demo")
+    assert machine.installs[0] == ("torch==2.9.1", "--pre")
+
+
+def test_no_torch_ends_with_a_sentence(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(script, monkeypatch)
+    with pytest.raises(SystemExit, match="torch could not be installed"):
+        script.set_up("demo")
+    assert not list(script.VENV.glob("set-up-*.txt"))
+
+
+def test_a_failing_check_fails_the_command(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> int:
+        ran.append(command)
+        return int(command[0] == "mypy")
+
+    monkeypatch.setattr(script, "set_up", lambda command: None)
+    monkeypatch.setattr(script, "run", run)
+    assert script.main(["test", "-k", "policy"]) == 1
+    assert [command[0] for command in ran] == ["ruff", "ruff", "mypy", "pytest"], "one failure hides no other"
+    assert ran[-1][-2:] == ("-k", "policy")
+    assert "mypy: FAILED (exit code 1)" in capsys.readouterr().err
+
+
+def test_an_unknown_command_prints_the_help(root: Path) -> None:
+    done: subprocess.CompletedProcess[Any] = subprocess.run(
+        [sys.executable, str(root / "run.py"), "dance"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "python run.py demo" in done.stdout and "python run.py test" in done.stdout
