@@ -197,6 +197,7 @@ class StreamEngine:
     # ------------------------------------------------------------------ hooks
     def _arm_all(self) -> None:
         """Hooks on exactly the units whose weights are not resident."""
+        self._armed = True
         loaded = self._loaded
         for unit in self.component.units:
             resident = unit.index in loaded or (not unit.storages and bool(unit.borrowed))
@@ -243,7 +244,7 @@ class StreamEngine:
     @contextlib.contextmanager
     def forward(self, entry: str) -> Iterator[None]:
         """Run one call of an entry point of the component inside this."""
-        if self._open or len(self._loaded) == len(self.component.units):
+        if self._open or not self._armed or len(self._loaded) == len(self.component.units):
             yield  # an entry point that calls another one, or everything is resident
             return
         order = self._open_forward(entry, wrap=self.plan is not None and self.plan.wrap)
@@ -319,7 +320,8 @@ class StreamEngine:
 
     # ------------------------------------------------------------------ the end
     def disarm(self) -> None:
-        """Take every hook off, whatever is resident."""
+        """Take every hook off, whatever is resident: from here on the modules run on the weights they have."""
+        self._armed = False
         for handles in self._hooks.values():
             for handle in handles:
                 handle.remove()

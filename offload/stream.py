@@ -43,11 +43,9 @@ class Order:
         """The position behind unit `index`, looking from where the walk was, then from the start."""
         if not self.known:
             return None
-        start: int = self.ahead or 0
-        for at in (*range(start, len(self.known)), *range(min(start, len(self.known)))):
-            if self.known[at] == index:
-                return at + 1
-        return None
+        start = self.ahead or 0
+        places = [at for at, other in enumerate(self.known) if other == index]
+        return next((at + 1 for at in places if at >= start), places[0] + 1 if places else None)
 
 
 def parts(unit: Unit, buffer: torch.Tensor) -> Iterator[tuple[Storage, torch.Tensor]]:

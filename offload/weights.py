@@ -81,6 +81,7 @@ class Weights:
         self._bound: dict[int, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
         self._originals: list[torch.device] = []
+        self._one_memory = backend.shared_memory and backend.device.type != "cpu"
         self.masters: list[torch.Tensor] = []
         self._adopt()
 
@@ -98,7 +99,7 @@ class Weights:
 
     def _pin(self) -> None:
         """Move masters into pinned slabs, as far as the budget goes; pinned ones are adopted where they lie."""
-        if self._backend.device.type == "cpu":
+        if self._backend.shared_memory:
             return
         todo = [i for i, master in enumerate(self.masters) if not master.is_pinned()]
         with torch.inference_mode(False):
@@ -147,6 +148,8 @@ class Weights:
             if ref.is_buffer:
                 self._versions[id(ref)] = _version(ref.tensor)
         self._bound[storage.index] = raw
+        if self._one_memory:
+            self.masters[storage.index] = raw[:0]  # a second copy in the same memory would only take room
 
     def unbind(self, storage: Storage) -> int:
         """Point the tensors back at the master.
@@ -157,6 +160,8 @@ class Weights:
         raw = self._bound.pop(storage.index, None)
         if raw is None:
             return 0
+        if self._one_memory:
+            self.masters[storage.index] = raw.to("cpu")
         came_down = 0
         for ref in storage.refs:
             if ref.is_buffer and _version(ref.tensor) != self._versions.pop(id(ref), -1):
