@@ -33,11 +33,11 @@ class Defaults(TypedDict):
     guidance_scale: float
 
 
-DEFAULTS: Defaults = {"height": 64, "width": 64, "num_inference_steps": 10, "guidance_scale": 4.0}
+DEFAULTS: Defaults = {"height": 64, "width": 64, "num_inference_steps": 10, "guidance_scale": 3.0}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bars and no advice about unused image processors; both libraries' settings as before afterwards."""
     diffusers_log = importlib.import_module("diffusers.utils.logging")
     transformers_log = importlib.import_module("transformers.utils.logging")
@@ -66,7 +66,7 @@ def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path | None = None
             f"no pipeline in {source}: it ships with the repository; to make it anew run "
             f"python -m balanced_offload.offload.demo.train --out {source}"
         )
-    with _quiet():
+    with quiet():
         from diffusers import StableDiffusionXLPipeline
 
         pipe: StableDiffusionXLPipeline = StableDiffusionXLPipeline.from_pretrained(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from . import parts, pictures, words
 from .classifier import DigitReader, read_digits, view_of
-from .pipeline import DEFAULTS, PROMPTS, load_pipeline
+from .pipeline import DEFAULTS, PROMPTS, load_pipeline, quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -241,8 +240,12 @@ def save(pipe: StableDiffusionXLPipeline, reader: DigitReader, out: Path) -> Non
     """Everything in fp16 under `out`: the pipeline's folders and classifier.safetensors."""
     from safetensors.torch import save_file
 
-    stored = copy.deepcopy(pipe).to(torch.float16)
-    stored.save_pretrained(str(out), safe_serialization=True)
+    stored = copy.deepcopy(pipe)
+    for component in stored.components.values():
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, torch.float16)
+    with quiet():
+        stored.save_pretrained(str(out), safe_serialization=True)
     save_file(
         {name: value.half().contiguous() for name, value in reader.state_dict().items()}, out / "classifier.safetensors"
     )
@@ -274,7 +277,8 @@ def train(out: Path, steps: Steps, seed: int) -> tuple[float, float]:
     tokenizer, encoders = train_text(steps.text, seed)
     vae = train_vae(images, steps.vae, seed)
     torch.manual_seed(seed)
-    pipe = parts.assemble(tokenizer, encoders, vae, parts.make_unet())
+    with quiet():
+        pipe = parts.assemble(tokenizer, encoders, vae, parts.make_unet())
     train_unet(pipe, normalised(vae, encode(vae, images)), labels[learn], steps.unet, seed)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -299,9 +303,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps {options.steps}: at least 1")
     # One thread: the sum order of a reduction, and with it the result, depends on the number of threads.
     torch.set_num_threads(1)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
-        if (options.out / "model_index.json").is_file():
-            shutil.rmtree(options.out / name, ignore_errors=True)
     train(options.out, Steps.scaled(options.steps), options.seed)
     return 0
 
