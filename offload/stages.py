@@ -45,6 +45,7 @@ class Stages:
         self._active: Managed | None = None
         self._turn: frozenset[str] = frozenset()
         self._history: deque[tuple[str, int]] = deque(maxlen=HISTORY)
+        self._known_turns: list[frozenset[str]] = []  # seen in this run or an earlier one
         self._first_use: list[str] = []
         self._base = 0
         self._last_gc = 0.0
@@ -185,6 +186,7 @@ class Stages:
             excess = partner.engine.device_bytes - share.device_bytes
             if excess > 0:
                 partner.engine.apply(share.within(partner.engine.loaded), "need")
+                partner.unplace()  # its ring and what it lacks come with its own turn
             partner.plan = share
         now = self._backend.memory()
         have = self._have(now) + managed.engine.surplus_bytes(plan)
@@ -211,7 +213,11 @@ class Stages:
         assert self._policy is not None
         if self._policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE):
             return frozenset()
-        return frozenset(n for n in arbiter.in_turns(self._history, managed.name) if n in self._components)
+        turn = arbiter.in_turns(self._history, managed.name)
+        if turn:
+            self._known_turns = [t for t in self._known_turns if managed.name not in t] + [turn]
+        known = next((t for t in self._known_turns if managed.name in t), frozenset())
+        return known if all(name in self._components for name in known) else frozenset()
 
     # ------------------------------------------------------------------ making room
     def evict(self, evictions: list[arbiter.Eviction]) -> int:
