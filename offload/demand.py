@@ -9,21 +9,19 @@ modules choose other code paths, and so other bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from .engine import StreamEngine
-
 
 class DemandPaging(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class has no annotations
-    """Active for one watched forward of one component."""
+    """Active for one watched forward; `demand` is told of every tensor that is about to be used."""
 
-    def __init__(self, engine: StreamEngine) -> None:
+    def __init__(self, demand: Callable[[torch.Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._engine = engine
+        self._demand = demand
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,7 +35,7 @@ class DemandPaging(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
     def _check(self, arg: Any) -> None:
         if isinstance(arg, torch.Tensor):
-            self._engine.demand(arg)
+            self._demand(arg)
         elif isinstance(arg, (list, tuple)):
             for item in arg:
                 self._check(item)

@@ -261,7 +261,7 @@ class StreamEngine:
             flowing = self._hooks.keys() - self.held_units
             if order.forwards >= WATCHED_FORWARDS or flowing <= set(order.known):
                 return contextlib.nullcontext()
-        return DemandPaging(self)
+        return DemandPaging(self.demand)
 
     def _open_forward(self, entry: str, wrap: bool) -> Order:
         if self.stream.busy or self._held:

@@ -54,7 +54,7 @@ class Session:
         self.record: RunRecord | None = None
         self.auto_runs = False  # a call outside any run opens one; whoever sets this closes it
         self.stages = Stages(self.backend, self.ledger, self.components, self._resolve)
-        self.step_down = StepDown(self)
+        self.step_down = StepDown(self.backend, self.ledger, self.components, lambda: self.resolved)
         self._policy = policy or OffloadPolicy()
         self._copy_stream = self.backend.new_stream()
         self._step = 0

@@ -16,7 +16,7 @@ from .activation import ActivationPeaks, Signature
 from .backend import Backend, DeviceMemory
 from .ledger import Ledger
 from .managed import STICKY_SHARE, Managed
-from .plan import StagePlan
+from .plan import StagePlan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
 
 GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
@@ -157,11 +157,12 @@ class Stages:
         if partners:
             wishes = {m.name: m.component.device_bytes for m in (managed, *partners)}
             room = arbiter.shares(wishes, room)[managed.name]
-        if managed.limit is not None:
+        held = frozenset(managed.engine.held_units)
+        if managed.limit is not None:  # stepped down after running out of memory: whatever the mode says
             room = min(room, managed.limit)
+            return stream_plan(managed.component, room, held, policy.prefetch, managed.engine.order_of(entry))
         if managed.plan is not None and self._still_good(managed, managed.plan, room):
             return managed.plan
-        held = frozenset(managed.engine.held_units)
         return arbiter.choose_plan(policy, managed.component, room, held, managed.engine.order_of(entry))
 
     def _still_good(self, managed: Managed, plan: StagePlan, room: int) -> bool:
