@@ -102,6 +102,10 @@ class Session:
         self.stages.leave()
         self.components.pop(name).release()
 
+    def refresh(self, name: str) -> None:
+        """Take the weights of a component as they are now: something was added to them, or took their place."""
+        self._convert(self.components[name], "refresh", lambda: None, (), {})
+
     def detach(self) -> None:
         """Give every component back, as it was."""
         self.close_run()

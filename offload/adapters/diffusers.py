@@ -1,0 +1,280 @@
+"""A diffusers pipeline under a policy. Invariant: after `detach` pipeline and models are as they were before.
+
+    handle = offload(pipe, OffloadPolicy(high="60%"))
+    image = handle("a lighthouse").images[0]
+    print(handle.report()["resolved"]["sentence"])
+    handle.detach()
+
+Nothing of diffusers is patched: what we need sits on this pipeline's own instance and on its modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..ledger import RunRecord
+from ..policy import OffloadPolicy
+from ..session import Session
+from ..stages import always_resident
+from .attachments import attachments_of
+from .facts import NO_RUN, NOT_RECORDED, RunFacts, collect, unrecorded
+from .guards import check_part, check_pipeline, refusals
+from .loading import ModelFileError, load_pipeline
+from .parts import modules_of, parts_of
+
+__all__ = ["ModelFileError", "OffloadedPipeline", "UnfinishedRunError", "load_pipeline", "offload"]
+
+_ABSENT = object()
+_MARK = "_balanced_offload"
+# Calls of the pipeline that take every `_hf_hook` off, or change what a model consists of.
+_CHANGES = ("remove_all_hooks", "load_textual_inversion", "load_lora_weights", "load_ip_adapter", "unload_ip_adapter")
+
+
+class UnfinishedRunError(RuntimeError):
+    """A direct call of the pipeline ended between two models, by an error that no model saw."""
+
+
+def offload(
+    pipe: Any,
+    policy: OffloadPolicy | None = None,
+    *,
+    device: str | torch.device | None = None,
+    session: Session | None = None,
+) -> OffloadedPipeline:
+    """Place the models of a diffusers pipeline by `policy`; the pipeline itself is used as before.
+
+    Args:
+        pipe: any DiffusionPipeline, its models on the CPU or on the accelerator.
+        policy: what the user wants; with `session` None keeps the session's.
+        device: a torch device or its name; None takes the current accelerator. "cpu" runs all from system memory.
+        session: of a pipeline that is attached already: models that both have stay one component.
+
+    Raises:
+        NoAcceleratorError: (a RuntimeError) no device was named and there is no accelerator.
+        TypeError: not a diffusers pipeline.
+        ComponentError: (a ValueError) a model whose weights cannot be placed.
+        ValueError: a device map, another offloader, or a device other than the session's.
+        RuntimeError: attached already.
+        torch.OutOfMemoryError: mode none, and it does not fit.
+    Whatever is raised, pipeline and models are as they were.
+    """
+    check_pipeline(pipe)
+    if _MARK in pipe.__dict__:
+        raise RuntimeError("This pipeline is offloaded already. Set the policy of that one, or call `detach()` first.")
+    for part in parts_of(pipe):
+        check_part(part)
+    if session is None:
+        session = Session(policy, device=device)
+        policy = None
+    elif device is not None and _other_device(session, torch.device(device)):
+        raise ValueError(f"device: got {device}, allowed is the session's {session.backend.device}, or none")
+    return OffloadedPipeline(pipe, session, policy)
+
+
+def _other_device(session: Session, device: torch.device) -> bool:
+    mine = session.backend.device
+    return device.type != mine.type or device.index not in (None, mine.index)
+
+
+class OffloadedPipeline:
+    """A pipeline that is attached to a session. Made by `offload`; a context manager that detaches.
+
+    pipe: the pipeline, to be called directly as well. session: what places its models.
+    """
+
+    def __init__(self, pipe: Any, session: Session, policy: OffloadPolicy | None = None) -> None:
+        self.pipe = pipe
+        self.session = session
+        self._shared = attachments_of(session)
+        self._facts: RunFacts | None = None
+        self._seen: RunRecord | None = session.record
+        self._recording = 0  # depth of calls of ours in progress
+        self._calling = False  # between the first and the last thing that a call of the pipeline does
+        with contextlib.ExitStack() as failed, contextlib.ExitStack() as undo:
+            if policy is not None:
+                failed.callback(setattr, session, "policy", session.policy)
+                session.policy = policy
+            self._attach(undo)
+            failed.pop_all()
+            self._undo = undo.pop_all()
+        self._attached = True
+
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        session, shared = self.session, self._shared
+        shared.enter(session)
+        undo.callback(shared.leave, session)
+        for part in parts_of(self.pipe):
+            name = shared.add(session, part)
+            if name is not None:
+                undo.callback(shared.drop, session, name)
+        for module in modules_of(self.pipe).values():
+            shared.hook(module)
+            undo.callback(shared.unhook, module)
+        for name, value in self._attributes().items():
+            undo.callback(_put_back, self.pipe, name, self.pipe.__dict__.get(name, _ABSENT))
+            self.pipe.__dict__[name] = value
+        shared.sync(session)
+
+    def _attributes(self) -> dict[str, Any]:
+        """What sits on the pipeline's instance while it is attached."""
+        pipe = self.pipe
+        found: dict[str, Any] = {_MARK: True, **refusals(pipe)}
+        if hasattr(pipe, "check_inputs"):
+            found["check_inputs"] = _around(pipe.check_inputs, before=self._begin)
+        found["maybe_free_model_hooks"] = _around(pipe.maybe_free_model_hooks, after=self._end)
+        for name in _CHANGES:
+            if hasattr(pipe, name):
+                found[name] = _around(getattr(pipe, name), after=self._refresh)
+        return found
+
+    # ------------------------------------------------------------------ policy
+    @property
+    def policy(self) -> OffloadPolicy:
+        """What the user wants, as written. Setting it reloads nothing, and holds for every pipeline of the session."""
+        return self.session.policy
+
+    @policy.setter
+    def policy(self, policy: OffloadPolicy) -> None:
+        self._require_attached()
+        self.session.policy = policy
+        if self.session.resolved.vae_tiling != "on":
+            self._shared.tiling.all_off()
+        self._shared.sync(self.session)
+
+    # ------------------------------------------------------------------ runs
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline as one recorded run; arguments and result are the pipeline's own."""
+        self._require_attached()
+        self._begin()
+        self._recording += 1
+        try:
+            with self.session.run():
+                return self.pipe(*args, **kwargs)
+        finally:
+            self._recording -= 1
+            self._calling = False
+            self._keep()
+
+    @property
+    def record(self) -> RunRecord | None:
+        """What was measured in the last recorded run of this pipeline, None before the first."""
+        self._keep()
+        return self._facts.record if self._facts is not None else None
+
+    def report(self, *, full: bool = False) -> dict[str, Any]:
+        """`offload-report/1` of the last run, a direct call of the pipeline included. `full`: no list is capped."""
+        if self.session.ledger.active and not self._calling and not self._recording:
+            self.session.close_run()  # opened by a call of one of the models by hand
+        self._keep()
+        facts = self._facts or unrecorded(self.session, NO_RUN, output_neutral=None)
+        return facts.report(self.session, full=full)
+
+    def _begin(self) -> None:
+        """A call of the pipeline begins: directly (its `check_inputs` runs), or through us."""
+        session, shared = self.session, self._shared
+        if not self._recording:
+            if session.ledger.active and not any(m.running for m in session.components.values()):
+                unfinished = UnfinishedRunError("a call of the pipeline ended between two models")
+                session.close_run(unfinished if self._calling else None)
+            if shared.owner is not None:
+                shared.owner._keep()
+            shared.owner = self
+            self._seen = session.record
+        self._calling = True
+        self._refresh()
+
+    def _end(self) -> None:
+        """A call of the pipeline ends: diffusers calls `maybe_free_model_hooks` last."""
+        if self._recording:
+            return
+        session = self.session
+        self._calling = False
+        if session.ledger.active:
+            self._shared.owner = self
+            session.close_run()
+            self._keep()
+        elif always_resident(session.resolved):
+            self._facts = unrecorded(session, NOT_RECORDED, output_neutral=self._neutral)
+
+    def _keep(self) -> None:
+        """Take over the figures of a run of this pipeline that has ended since."""
+        session = self.session
+        record = session.record
+        if self._shared.owner is self and record is not None and record is not self._seen:
+            self._seen = record
+            self._facts = collect(session, record, output_neutral=self._neutral)
+
+    @property
+    def _neutral(self) -> bool:
+        return not self._shared.tiling.active
+
+    def _refresh(self) -> None:
+        """Find what changed behind our back: a hook taken off, adapters put into a model."""
+        for managed in list(self.session.components.values()):
+            refs = (ref for storage in managed.component.storages for ref in storage.refs if not ref.is_buffer)
+            # buffers aside: some models put new ones in their place whenever they run
+            if {id(ref.tensor) for ref in refs} != {id(p) for p in managed.module.parameters() if p.numel()}:
+                self.session.refresh(managed.name)
+        self._shared.sync(self.session)
+
+    # ------------------------------------------------------------------ the end
+    def detach(self) -> None:
+        """Take everything off: pipeline and models as they were, models that no other pipeline uses given back.
+
+        Raises:
+            RuntimeError: in the middle of a call.
+        """
+        if not self._attached:
+            return
+        if any(managed.running for managed in self.session.components.values()):
+            raise RuntimeError("detach: the pipeline is running. Call it after the run has ended.")
+        if self._shared.owner in (self, None) or self._shared.pipelines == 1:
+            self.session.close_run()
+        self._keep()
+        if self._shared.owner is self:
+            self._shared.owner = None
+        self._attached = False
+        self._undo.close()
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError("This pipeline was detached. Call `offload(pipe, ...)` to attach it again.")
+
+    def __enter__(self) -> OffloadedPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def _put_back(pipe: Any, name: str, value: Any) -> None:
+    if value is _ABSENT:
+        pipe.__dict__.pop(name, None)
+    else:
+        pipe.__dict__[name] = value
+
+
+def _around(
+    method: Callable[..., Any], *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+) -> Callable[..., Any]:
+    """`method` with something done around it, after errors too."""
+
+    @functools.wraps(method)
+    def around(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if after is not None:
+                after()
+
+    return around

@@ -1,0 +1,109 @@
+"""From a session to a report. Invariant: figures are taken when their run ends, so a later run cannot change them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import memory
+from ..ledger import RunRecord
+from ..report import build_report
+from ..session import Session
+
+NOT_RECORDED = (
+    "this run was not recorded: in mode none a direct call of the pipeline meets no hook of ours; "
+    "call the offloaded pipeline itself to record it"
+)
+NO_RUN = "no run was recorded yet"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A record and all that a report says around it. Sizes are bytes."""
+
+    record: RunRecord
+    policy: dict[str, Any]
+    resolved: dict[str, Any]
+    vram: dict[str, Any]
+    ram: dict[str, Any]
+    output_neutral: bool | None
+    verdict: str | None = None
+
+    def report(self, session: Session, *, full: bool = False) -> dict[str, Any]:
+        """`offload-report/1` of this run."""
+        machine, backend = session.machine, session.backend
+        return build_report(
+            self.record,
+            host={
+                "gpu": backend.name,
+                "vram_total": machine.vram_total,
+                "os": platform.platform(),
+                "ram_total": machine.ram_total,
+                "other_accelerators": list(backend.others),
+            },
+            env={"pack": _pack_version(), "torch": torch.__version__, "flags": []},
+            policy_json=self.policy,
+            resolved_json=self.resolved,
+            vram=self.vram,
+            ram=self.ram,
+            rung=backend.rung,
+            world="pipeline",
+            output_neutral=self.output_neutral,
+            verdict=self.verdict,
+            full=full,
+        )
+
+
+def collect(session: Session, record: RunRecord, *, output_neutral: bool | None) -> RunFacts:
+    """The figures of the run that has just ended."""
+    stages, resolved = session.stages, session.resolved
+    return RunFacts(
+        record,
+        policy=session.policy.to_json(),
+        resolved=resolved.to_json(),
+        vram={
+            "total": session.machine.vram_total,
+            "available": resolved.available,
+            "peak_torch": stages.peak_allocated,
+            "others_start": session.machine.others,
+            "high_crossings": stages.high_crossings,
+        },
+        ram={
+            "peak_rss": memory.peak_rss(),
+            "pinned": sum(managed.weights.pinned for managed in session.components.values()),
+        },
+        output_neutral=output_neutral,
+    )
+
+
+def unrecorded(session: Session, why: str, *, output_neutral: bool | None) -> RunFacts:
+    """A run that nobody watched: every figure unknown, and the reason as an event."""
+    record = RunRecord(None, _now(), "none", cap=1)
+    record.events.append({"kind": "notice", "text": why, "data": {}, "t": None})
+    known = collect(session, record, output_neutral=output_neutral)
+    return RunFacts(
+        record,
+        policy=known.policy,
+        resolved=known.resolved,
+        vram={**known.vram, "peak_torch": None, "high_crossings": None},
+        ram=known.ram,
+        output_neutral=output_neutral,
+        verdict="resident" if why is NOT_RECORDED else None,
+    )
+
+
+def _now() -> str:
+    import datetime
+
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _pack_version() -> str | None:
+    try:
+        return importlib.metadata.version("balanced-offload")
+    except importlib.metadata.PackageNotFoundError:
+        return None
