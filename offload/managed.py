@@ -9,7 +9,7 @@ from torch import nn
 
 from .activation import Signature
 from .backend import Backend
-from .engine import StreamEngine
+from .engine import Engine, StreamEngine
 from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
 from .plan import StagePlan
@@ -60,7 +60,7 @@ class Managed:
         backend, ledger, copy_stream, pinner = self._make
         self.component = component
         self.weights = Weights(component, backend, pinner)
-        self.engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
+        self.engine: Engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
 
     @property
     def info(self) -> ComponentInfo:
