@@ -7,6 +7,7 @@ import torch
 from .base import Backend, DeviceMemory, Mark
 from .cpu import CpuBackend
 from .generic import AcceleratorBackend
+from .mps import MpsBackend
 
 __all__ = ["Backend", "CpuBackend", "DeviceMemory", "Mark", "NoAcceleratorError", "open_backend"]
 
@@ -32,4 +33,6 @@ def open_backend(device: str | torch.device | None = None) -> Backend:
     wanted = torch.device(device)
     if wanted.type == "cpu":
         return CpuBackend()
+    if wanted.type == "mps":
+        return MpsBackend()
     return AcceleratorBackend(wanted)

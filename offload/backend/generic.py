@@ -1,6 +1,11 @@
-"""Any accelerator that torch knows (CUDA, ROCm, XPU, MPS, the simulated one) through torch's device-generic API.
+"""Any accelerator with streams (CUDA, ROCm, XPU, the simulated one) through torch's device modules.
 
 Invariant: no call here blocks the host, `synchronize` and `empty_cache` aside, so that watching stays cheap.
+
+Streams come from the device's own module, so that libraries which look at a current stream find the class they know.
+Events are the generic `torch.Event`, which records on and waits with both kinds of stream: all device classes derive
+from `torch.Stream`. `torch.accelerator` knows one device type per process; where that is another one than ours (two
+accelerators of different kinds in one process), every question goes to the device's own module instead.
 """
 
 from __future__ import annotations
@@ -21,16 +26,18 @@ class AcceleratorBackend:
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = torch.get_device_module(device)
-        current = getattr(self._module, "current_device", None)  # MPS has one device and no such question
+        current = getattr(self._module, "current_device", None)
         index = device.index if device.index is not None else int(current()) if current is not None else 0
         self.device = torch.device(device.type, index)
+        known = torch.accelerator.current_accelerator()
+        self._is_torchs_accelerator = known is not None and known.type == device.type
+        self._driver_tells = hasattr(self._module, "mem_get_info")
         self.name = self._device_name()
         simulated = hasattr(self._module, SIMULATOR_MARK)
         self.kind = "simulated" if simulated else device.type
         self.rung = "simulated" if simulated else "gpu"
-        self.shared_memory = device.type == "mps" or self._is_integrated()
+        self.shared_memory = self._is_integrated()
         self.others = self._other_accelerators()
-        self._baseline = self.memory()
 
     def _properties(self) -> Any:
         get = getattr(self._module, "get_device_properties", None)
@@ -41,7 +48,9 @@ class AcceleratorBackend:
         return str(get(self.device)) if get is not None else self.device.type.upper()
 
     def _is_integrated(self) -> bool:
-        return bool(getattr(self._properties(), "is_integrated", 0))
+        properties = self._properties()
+        # CUDA and ROCm call it is_integrated; XPU is_integrated_gpu, in newer torch only
+        return any(bool(getattr(properties, name, False)) for name in ("is_integrated", "is_integrated_gpu"))
 
     def _other_accelerators(self) -> tuple[str, ...]:
         count = int(self._module.device_count())
@@ -54,29 +63,27 @@ class AcceleratorBackend:
 
     def memory(self) -> DeviceMemory:
         module = self._module
-        if hasattr(module, "mem_get_info"):
-            free, total = module.mem_get_info(self.device)
-            allocated, reserved = module.memory_allocated(self.device), module.memory_reserved(self.device)
-        else:  # MPS: the driver tells what it gave us and what it recommends
-            total = int(module.recommended_max_memory())
-            allocated, reserved = int(module.current_allocated_memory()), int(module.driver_allocated_memory())
-            free = max(0, total - reserved)
-        return DeviceMemory(int(free), int(total), int(allocated), int(reserved))
+        allocated, reserved = int(module.memory_allocated(self.device)), int(module.memory_reserved(self.device))
+        if self._driver_tells:
+            try:
+                free, total = module.mem_get_info(self.device)
+                return DeviceMemory(int(free), int(total), allocated, reserved)
+            except RuntimeError:  # some Intel devices and drivers cannot be asked; others' use stays unseen there
+                self._driver_tells = False
+        total = int(self._properties().total_memory)
+        return DeviceMemory(max(0, total - reserved), total, allocated, reserved)
 
     def peak_allocated(self) -> int:
-        get = getattr(self._module, "max_memory_allocated", None)
-        return int(get(self.device)) if get is not None else self.memory().allocated
+        return int(self._module.max_memory_allocated(self.device))
 
     def reset_peak(self) -> None:
-        reset = getattr(self._module, "reset_peak_memory_stats", None)
-        if reset is not None:
-            reset(self.device)
+        self._module.reset_peak_memory_stats(self.device)
 
     def empty_cache(self) -> None:
         self._module.empty_cache()
 
     def synchronize(self) -> None:
-        torch.accelerator.synchronize(self.device)
+        self._module.synchronize(self.device)
 
     def mark(self) -> Mark:
         return self.record(self.current_stream(), timed=True)
@@ -88,14 +95,16 @@ class AcceleratorBackend:
         return float(start.elapsed_time(end)) / 1e3
 
     def current_stream(self) -> Any:
-        return torch.accelerator.current_stream(self.device)
+        if self._is_torchs_accelerator:  # one call into C++: this is asked several times per unit
+            return torch.accelerator.current_stream(self.device)
+        return self._module.current_stream(self.device)
 
     def new_stream(self) -> Any:
-        return torch.Stream(device=self.device)
+        own = getattr(self._module, "Stream", None)
+        return own(device=self.device) if own is not None else torch.Stream(device=self.device)
 
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
-        enter = getattr(self._module, "stream", None)
-        return cast("AbstractContextManager[Any]", enter(stream) if enter is not None else stream)
+        return cast("AbstractContextManager[Any]", self._module.stream(stream))
 
     def record(self, stream: Any, timed: bool = False) -> Any:
         event = torch.Event(device=self.device, enable_timing=timed)
@@ -120,8 +129,5 @@ class AcceleratorBackend:
     def pinned_empty(self, nbytes: int) -> torch.Tensor | None:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # the system's limit on locked memory: pageable is slower, not wrong
+        except RuntimeError:  # the system's limit on locked memory: pageable is slower, not wrong
             return None
