@@ -1,0 +1,182 @@
+"""Guards: a command says what went wrong in one sentence and a number: 0 done, 1 a check failed, 2 asked wrongly, 130.
+
+`balanced-offload demo | probe`. With `--json` the document is all that standard output gets; what people read goes to
+standard error then. torch is imported by a command, not by its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+STDOUT = "-"
+
+
+def version() -> str:
+    """The version of this copy: of the checkout it lies in, else of the installed package."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        found = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found.group(1)
+    try:
+        return importlib.metadata.version("balanced-offload")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="balanced-offload",
+        description="Say how much VRAM a diffusion model may use: what fits stays resident, the rest streams.",
+    )
+    parser.add_argument("--version", action="version", version=f"balanced-offload {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_probe(commands)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser, schema: str) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help=f"write {schema} to FILE, or to standard output, which gets nothing else",
+    )
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="draw digits in every mode under a cap below the weights, and check every claim",
+        description="Draws digits with a small text-to-image pipeline in every offload mode, on the GPU, else on the "
+        "simulated accelerator, else on the plain CPU with a predicted table. Exit code 1 if any check fails.",
+    )
+    _add_json(demo, "offload-demo/1")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("balanced-offload-demo"),
+        metavar="DIR",
+        help="folder for the files (%(default)s)",
+    )
+    demo.add_argument(
+        "--mode",
+        nargs="+",
+        action="extend",
+        metavar="MODE",
+        help="only these modes: none, balanced, model, sequential, auto (none always runs, as the reference)",
+    )
+    demo.add_argument("--cap", metavar="SIZE", help='VRAM that the run may use ("15MiB"; "80%%" is of its weights)')
+    demo.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto, simulated, cuda or cpu (%(default)s: the best there is)",
+    )
+    demo.add_argument("--pictures", type=int, default=50, metavar="N", help="pictures to judge (%(default)s)")
+    demo.add_argument("--card", metavar="KEY", help="the card whose clock the simulated accelerator takes")
+    demo.set_defaults(run=run_demo)
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="this machine, the profile that applies and why, and a block for a bug report",
+        description="Prints the machine, the profile that applies and why, and a block to paste into a bug report. "
+        "Names no user and no path.",
+    )
+    _add_json(probe, "offload-probe/1")
+    probe.set_defaults(run=run_probe)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """`balanced-offload demo`."""
+    from .demo.output import closing_text
+    from .demo.places import CHOICES
+    from .demo.run import MODES, MissingExtras, Options, run_demo
+
+    modes = tuple(arguments.mode) if arguments.mode else MODES
+    for mode in modes:
+        if mode not in MODES:
+            return complain(f"--mode: got {mode!r}, allowed: {', '.join(MODES)}")
+    if arguments.device not in CHOICES:
+        return complain(f"--device: got {arguments.device!r}, allowed: {', '.join(CHOICES)}")
+    if arguments.pictures < 1:
+        return complain(f"--pictures: got {arguments.pictures}, allowed: 1 or more")
+    people = sys.stderr if arguments.json else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=people, flush=True)
+
+    options = Options(modes, arguments.cap, arguments.device, arguments.card, arguments.pictures, arguments.out)
+    try:
+        demo = run_demo(options, say)
+    except MissingExtras as error:
+        return complain(str(error))
+    except ValueError as error:
+        return complain(str(error))
+    except OSError as error:
+        return complain(f"--out: {error}")
+    for text in closing_text(demo.document, options.out, demo.files):
+        say(text)
+    for text in demo.failures:
+        print(f"FAILED  {text}", file=sys.stderr)
+    code = write_json(demo.document, arguments.json)
+    return code or (FAILED if demo.failures else DONE)
+
+
+def run_probe(arguments: argparse.Namespace) -> int:
+    """`balanced-offload probe`."""
+    from .probe import probe, probe_text
+
+    document = probe()
+    if not arguments.json:
+        print(probe_text(document))
+        return DONE
+    return write_json(document, arguments.json)
+
+
+def write_json(document: Mapping[str, Any], target: str | None) -> int:
+    """Write the document to standard output ("-") or a file; DONE, or USAGE where the file cannot be written."""
+    if target is None:
+        return DONE
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    if target == STDOUT:
+        print(text, flush=True)
+        return DONE
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        return complain(f"--json: {error}")
+    return DONE
+
+
+def complain(text: str) -> int:
+    """One sentence on standard error; the exit code for it."""
+    print(f"balanced-offload: {text}", file=sys.stderr)
+    return USAGE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; the exit code. argparse itself leaves with 2 on a bad command line."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("\nbalanced-offload: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

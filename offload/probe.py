@@ -1,0 +1,193 @@
+"""Guards: a probe looks and changes nothing, works with torch alone, and its block names no user and no path."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import memory
+from .backend import Backend, CpuBackend, NoAcceleratorError, open_backend
+from .policy import ComponentInfo, OffloadPolicy, WorkingSet
+from .profiles import profile_for
+from .sizes import format_size
+
+SCHEMA = "offload-probe/1"
+PACKAGES = ("accelerate", "diffusers", "matplotlib", "nvidia-ml-py", "psutil", "safetensors", "transformers")
+
+TYPICAL = WorkingSet(
+    # Published parameter counts, two bytes each; the peak is the order of one picture of 1024 x 1024.
+    (
+        ComponentInfo("text_encoder", "CLIPTextModel", "text_encoder", 2 * 123_060_480),
+        ComponentInfo("text_encoder_2", "CLIPTextModelWithProjection", "text_encoder", 2 * 694_659_840),
+        ComponentInfo("unet", "UNet2DConditionModel", "denoiser", 2 * 2_567_463_684),
+        ComponentInfo("vae", "AutoencoderKL", "vae", 2 * 83_653_863),
+    ),
+    activation_peak=2 << 30,
+)
+TYPICAL_NAME = "SDXL in fp16, one picture of 1024 x 1024"
+
+# Slashes between words stay: a path starts at a space, a quote or the start, and has a separator after that.
+_PATH = re.compile(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][^\s'\":,;]+)+")
+
+
+def probe() -> dict[str, Any]:
+    """The document `offload-probe/1`: sizes in bytes, null for what is not known. Touches one accelerator at most."""
+    try:
+        backend: Backend = open_backend()
+        reason = None
+    except NoAcceleratorError as error:
+        backend, reason = CpuBackend(), str(error)
+    machine = memory.machine(backend)
+    host = memory.ram()
+    now = backend.memory()
+    found = backend.rung != "cpu"
+    resolved = OffloadPolicy().resolve(machine, TYPICAL)
+    profile = profile_for(machine.vram_total)
+    cpu_only = "there is no accelerator, so no profile applies and everything runs from system memory (mode none)"
+    return {
+        "schema": SCHEMA,
+        "versions": {
+            "balanced_offload": _version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "hip": getattr(torch.version, "hip", None),
+        },
+        "os": platform.platform(),
+        "cpus": os.cpu_count(),
+        "accelerator": {
+            "name": backend.name,
+            "kind": backend.kind,
+            "rung": backend.rung,
+            "driver": _driver(),
+            "shared_memory": backend.shared_memory,
+            "total": now.total,
+            "free": now.free,
+            "others": machine.others,
+        }
+        if found
+        else None,
+        "no_accelerator": clean(reason) if reason else None,
+        "other_accelerators": list(backend.others),
+        "ram": {
+            "total": host.total,
+            "available": host.available,
+            "limit": host.limit,
+            "pinned_budget": _pinned(resolved),
+        },
+        "simulator": _simulator(),
+        "packages": {name: _package(name) for name in PACKAGES},
+        "profile": {
+            "name": profile.name if found else None,
+            "why": profile.reason if found else cpu_only,
+            "working_set": TYPICAL_NAME,
+            "mode": resolved.mode.value,
+            "sentence": clean(resolved.sentence) if found else cpu_only,
+            "notices": [clean(text) for text in resolved.notices] if found else [],
+        },
+    }
+
+
+def probe_text(document: Mapping[str, Any]) -> str:
+    """The document for people, with a fenced block for a bug report."""
+    profile = document["profile"]
+    lines = [*_machine_lines(document), ""]
+    if profile["name"] is None:
+        lines.append(f"Profile: none; {profile['why']}.")
+    else:
+        lines.append(f"Profile: {profile['name']}, as {profile['why']}.")
+        lines.append(f"For {profile['working_set']} that means {profile['sentence']}")
+        lines += [f"Note: {text}." for text in profile["notices"]]
+    lines += ["", "For a bug report, paste this block:", "", "```text", *_block(document), "```"]
+    return "\n".join(lines)
+
+
+def _machine_lines(document: Mapping[str, Any]) -> list[str]:
+    versions, card, ram = document["versions"], document["accelerator"], document["ram"]
+    lines = [
+        f"balanced-offload {versions['balanced_offload']}, Python {versions['python']}, torch {versions['torch']}",
+        f"{document['os']}, {document['cpus']} CPUs",
+    ]
+    if card is None:
+        lines.append(f"Accelerator: none. {document['no_accelerator']}")
+    else:
+        lines.append(
+            f"Accelerator: {card['name']} ({card['kind']}), {format_size(card['free'])} free of "
+            f"{format_size(card['total'])}, {format_size(card['others'])} used by other programs and the driver"
+        )
+        if card["rung"] == "simulated":
+            lines.append("It is simulated: its bytes are exact, its times are not those of a card.")
+        if card["shared_memory"]:
+            lines.append("It shares its memory with the host, so every mode becomes none.")
+    if document["other_accelerators"]:
+        lines.append(f"Not used: {', '.join(document['other_accelerators'])}")
+    limit = "no cgroup limit" if ram["limit"] is None else f"cgroup limit {format_size(ram['limit'])}"
+    lines.append(
+        f"RAM: {format_size(ram['available'])} available of {format_size(ram['total'])}, {limit}; "
+        f"up to {format_size(ram['pinned_budget'])} for page-locked weights"
+    )
+    simulator = document["simulator"]
+    lines.append(
+        f"Simulated accelerator: {'available' if simulator['available'] else 'not available'}, {simulator['reason']}"
+    )
+    packages = (f"{name} {version or 'not installed'}" for name, version in document["packages"].items())
+    lines.append(f"Packages: {', '.join(packages)}")
+    return lines
+
+
+def _block(document: Mapping[str, Any]) -> list[str]:
+    profile = document["profile"]
+    return [*_machine_lines(document), f"Profile: {profile['name'] or 'none'}; {profile['sentence']}"]
+
+
+def clean(text: str) -> str:
+    """`text` with every path cut down to its last part: a bug report must not tell who or where someone is."""
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], text)
+
+
+def _version() -> str:
+    from .cli import version
+
+    return version()
+
+
+def _package(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _pinned(resolved: Any) -> int:
+    return int(resolved.pinned_ram)
+
+
+def _simulator() -> dict[str, Any]:
+    """Whether the simulated accelerator can be had, and why or why not. Builds nothing."""
+    try:
+        from . import simulator
+    except ImportError:
+        return {"available": False, "reason": "this package comes without it (the repository has it)"}
+    possible, reason = simulator.available()
+    return {"available": possible, "reason": clean(reason)}
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; None without nvidia-ml-py or without such a card."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            version = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # the library's own errors, whatever a driver that half works may raise
+        return None
+    return version.decode() if isinstance(version, bytes) else str(version)
