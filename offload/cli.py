@@ -82,7 +82,7 @@ def _add_demo(commands: Any) -> None:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="auto, simulated, cuda or cpu (%(default)s: the best there is)",
+        help="auto (the best there is), simulated, cuda or cpu",
     )
     demo.add_argument("--pictures", type=int, default=50, metavar="N", help="pictures to judge (%(default)s)")
     demo.add_argument("--card", metavar="KEY", help="the card whose clock the simulated accelerator takes")
@@ -102,9 +102,10 @@ def _add_probe(commands: Any) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """`balanced-offload demo`."""
+    from .demo.options import MODES, MissingExtras, Options
     from .demo.output import closing_text
     from .demo.places import CHOICES
-    from .demo.run import MODES, MissingExtras, Options, run_demo
+    from .demo.run import run_demo
 
     modes = tuple(arguments.mode) if arguments.mode else MODES
     for mode in modes:

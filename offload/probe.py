@@ -79,7 +79,7 @@ def probe() -> dict[str, Any]:
             "total": host.total,
             "available": host.available,
             "limit": host.limit,
-            "pinned_budget": _pinned(resolved),
+            "pinned_budget": resolved.pinned_ram,
         },
         "simulator": _simulator(),
         "packages": {name: _package(name) for name in PACKAGES},
@@ -162,10 +162,6 @@ def _package(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _pinned(resolved: Any) -> int:
-    return int(resolved.pinned_ram)
 
 
 def _simulator() -> dict[str, Any]:

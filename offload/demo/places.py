@@ -24,7 +24,7 @@ class PlaceError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the demo runs. `reason` ends the first line that it prints; `simulator` is the device module `torch.vram`."""
+    """Where the demo runs. `reason` ends the first line that it prints; `simulator` is the module `torch.vram`."""
 
     rung: Rung
     device: torch.device

@@ -73,7 +73,7 @@ class Meter:
         method = getattr(module, entry)
 
         def metered(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounterMode(display=False) as flops, _Operations() as operations:  # type: ignore[no-untyped-call]
+            with FlopCounterMode(display=False) as flops, _Operations() as operations:
                 result = method(*args, **kwargs)
             self.calls[name] += 1
             self.compute_s[name] += flops.get_total_flops() / FLOP_RATE + operations.count * LAUNCH
@@ -84,7 +84,7 @@ class Meter:
         self._restore.append(lambda: module.__dict__.pop(entry))
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations and the largest result, bytes."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ and seeds, in one session that is switched from mode to mode without a reload. T
 from __future__ import annotations
 
 import gc
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -26,47 +25,17 @@ from ..sizes import KIB, format_size, read_size
 from ..summary import line
 from .audit import Auditor
 from .checks import ModeRun, check_mode, check_pictures
+from .options import MODES, Batch, Options, batches, require_extras
 from .output import assemble, write_files
 from .pipeline import DEFAULTS, PROMPTS, load_pipeline
 from .places import Place, find_place
 from .predict import Meter, Part, needed_by_model, predict
 from .progress import Progress
 
-MODES = ("none", "balanced", "model", "sequential", "auto")
-PICTURES = 50
-BATCH = 2  # pictures per generation: enough to be quick, few enough that weights outweigh activations
 HIGH_SHARE = 0.8  # balanced: the most that one component may hold, as a share of the largest component
 JUDGED = "balanced"  # the mode that draws the further pictures
-NEEDS = ("diffusers", "transformers", "safetensors", "matplotlib", "PIL")
 CAP_STEP = 256 * KIB
 LIFTED = 2  # the reference's card has at least this many times the weights of the run
-
-
-class MissingExtras(RuntimeError):
-    """Packages that only the demo needs are not installed."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for. `cap` as written; a share is one of the weights of the run."""
-
-    modes: tuple[str, ...] = MODES
-    cap: int | float | str | None = None
-    device: str = "auto"
-    card: str | None = None
-    pictures: int = PICTURES
-    out: Path = Path("balanced-offload-demo")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One generation: the digits to draw and the seed that all of its pictures start from.
-
-    One seed for all prompts: where two pictures differ, the prompt made the difference.
-    """
-
-    digits: tuple[int, ...]
-    seed: int
 
 
 @dataclass
@@ -78,26 +47,6 @@ class Demo:
     failures: list[str]
     document: dict[str, Any]
     files: list[Path] = field(default_factory=list)
-
-
-def require_extras() -> None:
-    """Raise MissingExtras, naming the packages and the remedy, where the demo cannot run."""
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtras(
-            f'the demo needs {", ".join(missing)}, which is not installed: pip install "balanced-offload[demo]"'
-        )
-
-
-def batches(count: int) -> tuple[list[Batch], list[Batch]]:
-    """The generations of `count` pictures: what every mode draws (ten prompts, one seed), and the further ones."""
-    sets: list[list[Batch]] = [[], []]
-    for start in range(0, count, len(PROMPTS)):
-        digits = range(min(len(PROMPTS), count - start))
-        seed = start // len(PROMPTS)
-        for i in range(0, len(digits), BATCH):
-            sets[min(seed, 1)].append(Batch(tuple(digits[i : i + BATCH]), seed))
-    return sets[0], sets[1]
 
 
 def run_demo(options: Options, say: Callable[[str], None], progress_stream: Any = None) -> Demo:
