@@ -278,7 +278,8 @@ class StreamEngine:
         if self.stream.busy or self._held:
             self.abort()  # a direct call of a submodule raised, and left its unit up
         order = self._orders.setdefault(entry, Order())
-        self.stream.open(order, wrap, self._loaded.keys() | self.held_units)
+        everything = frozenset(unit.index for unit in self.component.units)
+        self.stream.open(order, wrap, everything - self._loaded.keys() - self.held_units)
         self._open = self._moving = True
         try:
             for index in self._upfront - self._loaded.keys():

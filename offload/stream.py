@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,20 @@ class Order:
 
     def __init__(self) -> None:
         self.known: list[int] | None = None  # streamed units in the order of the last forward
+        self.flowing: frozenset[int] = frozenset()  # the units that did not stay then, whether they ran or not
         self.seen: list[int] = []  # this forward, as it goes
         self.ahead: int | None = 0  # position in `known` of the next unit to copy; None: lost, until the next forward
         self.deviated = False  # the last forward was not as foreseen
         self.forwards = 0
+
+    def restrict(self, flowing: frozenset[int]) -> None:
+        """Another resident set: what stays now is left out; with units whose place was never seen, all is unknown."""
+        if flowing != self.flowing:
+            if self.known is not None and flowing <= self.flowing:
+                self.known = [index for index in self.known if index in flowing]
+            else:
+                self.known = None
+            self.flowing = flowing
 
     def behind(self, index: int) -> int | None:
         """The position behind unit `index`, looking from where the walk was, then from the start."""
@@ -70,7 +80,6 @@ class Stream:
         self._copy_stream = copy_stream
         self._order: Order | None = None
         self._wrap = False
-        self._skip: Container[int] = ()
         self._inflight: deque[InFlight] = deque()
         self._live: dict[int, Slot | torch.Tensor] = {}  # bound units: in the ring, or in a buffer beside it
 
@@ -101,12 +110,13 @@ class Stream:
             self._backend.current_stream().wait_event(self._backend.record(self._copy_stream))
             self.ring = None
 
-    def open(self, order: Order, wrap: bool, skip: Container[int]) -> None:
-        """A forward begins. `wrap`: copies run on into the next forward. `skip`: units that do not flow."""
+    def open(self, order: Order, wrap: bool, flowing: frozenset[int]) -> None:
+        """A forward begins. `wrap`: copies run on into the next forward. `flowing`: the units that pass through."""
+        order.restrict(flowing)
         first = self._inflight[0].unit.index if self._inflight else None
         if first is not None and (not order.known or order.known[0] != first):
             self.forget()
-        self._order, self._wrap, self._skip = order, wrap, skip
+        self._order, self._wrap = order, wrap
         order.seen = []
         order.ahead = len(self._inflight)
         self._pump()
@@ -206,11 +216,10 @@ class Stream:
             unit = self.component.units[order.known[order.ahead]]
             if unit.index in self._live or any(flying.unit is unit for flying in self._inflight):
                 return  # the ring holds a whole turn of the walk
-            if unit.index not in self._skip:
-                slot = self._start_copy(unit)
-                if slot is None:
-                    return
-                self._inflight.append(InFlight(unit, slot))
+            slot = self._start_copy(unit)
+            if slot is None:
+                return
+            self._inflight.append(InFlight(unit, slot))
             order.ahead += 1
 
     def _start_copy(self, unit: Unit) -> Slot | None:
