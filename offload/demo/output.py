@@ -153,7 +153,11 @@ def closing_text(document: Mapping[str, Any], out: Path, files: Sequence[Path]) 
         if mode["line"] is not None:
             lines.append(f"{mode['mode']:<11}{mode['line']}")
     if any(mode["line"] for mode in document["modes"]):
-        lines += ["(the lines, the report and the time line are of each mode's last generation)", ""]
+        lines.append("(the lines, the report and the time line are of each mode's last generation)")
+    lines += [
+        f"auto became {mode['sentence']}" for mode in document["modes"] if mode["mode"] == "auto" and mode["sentence"]
+    ]
+    lines.append("")
     digits = document["digits"]
     if digits is not None:
         lines.append(f"The classifier read the digit right in {digits['right']} of {digits['total']} pictures.")

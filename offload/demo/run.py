@@ -78,8 +78,14 @@ def run_demo(options: Options, say: Callable[[str], None], progress_stream: Any 
 def _prepared(place: Place) -> Any:
     """The simulated card as the user chose it, races strict; everything as before afterwards."""
     vram = place.simulator
+    threads = torch.get_num_threads()
+    if place.rung != "gpu":
+        torch.set_num_threads(1)  # operations this small are slower on several threads, much slower on a busy machine
     if vram is None:
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
         return
     before, cap, card = vram.configuration(), vram.memory_cap(), vram.card().key
     key = place.name.removeprefix("card ")
@@ -92,6 +98,7 @@ def _prepared(place: Place) -> Any:
         vram.use_card(card)
         vram.configure(**before)
         vram.set_memory_cap(cap)
+        torch.set_num_threads(threads)
 
 
 class _Bench:
