@@ -257,7 +257,7 @@ def calibrate(device: str | None, name: str) -> dict[str, Any]:
         backend = open_backend(device)
     except NoAcceleratorError:
         raise SystemExit(
-            f"torch {torch.__version__} finds no accelerator, so there is nothing to measure; --device vram runs the same "
+            f"torch {torch.__version__} finds no accelerator: nothing to measure. --device vram runs the same "
             "on the simulated one"
         ) from None
     if backend.rung == "cpu" or backend.shared_memory:
