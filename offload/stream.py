@@ -80,6 +80,7 @@ class Stream:
         self._copy_stream = copy_stream
         self._order: Order | None = None
         self._wrap = False
+        self._compute: Any = None
         self._inflight: deque[InFlight] = deque()
         self._live: dict[int, Slot | torch.Tensor] = {}  # bound units: in the ring, or in a buffer beside it
 
@@ -117,6 +118,7 @@ class Stream:
         if first is not None and (not order.known or order.known[0] != first):
             self.forget()
         self._order, self._wrap = order, wrap
+        self._compute = self._backend.current_stream()  # asked once a forward: it costs as much as an event
         order.seen = []
         order.ahead = len(self._inflight)
         self._pump()
@@ -149,7 +151,7 @@ class Stream:
         order = self._order
         assert order is not None
         order.seen.append(unit.index)
-        if any(flying.unit is unit for flying in self._inflight):
+        if self._is_flying(unit):
             while self._inflight[0].unit is not unit:  # foreseen, but skipped this time
                 self._discard(self._inflight.popleft())
             slot: Slot | None = self._inflight.popleft().slot
@@ -162,7 +164,7 @@ class Stream:
             self._live[unit.index] = self.copy_aside(list(unit.storages), unit.slot_bytes)
             return
         with self._ledger.wait("stall"):
-            self._backend.current_stream().wait_event(slot.copied)
+            self._compute.wait_event(slot.copied)
         self._live[unit.index] = slot
         for storage, part in parts(unit, self.ring.buffer[slot.start : slot.end]):
             self._weights.bind(storage, part)
@@ -214,13 +216,16 @@ class Stream:
                     return
                 order.ahead = 0
             unit = self.component.units[order.known[order.ahead]]
-            if unit.index in self._live or any(flying.unit is unit for flying in self._inflight):
+            if unit.index in self._live or self._is_flying(unit):
                 return  # the ring holds a whole turn of the walk
             slot = self._start_copy(unit)
             if slot is None:
                 return
             self._inflight.append(InFlight(unit, slot))
             order.ahead += 1
+
+    def _is_flying(self, unit: Unit) -> bool:
+        return any(flying.unit is unit for flying in self._inflight)
 
     def _start_copy(self, unit: Unit) -> Slot | None:
         """Reserve a slot for `unit` and start its copy; None if the ring has no room for it now."""
@@ -248,7 +253,7 @@ class Stream:
         for storage in unit.storages:
             self._weights.unbind(storage)
         if isinstance(slot, Slot) and self.ring is not None:
-            self.ring.release(slot, self._backend.record(self._backend.current_stream()))
+            self.ring.release(slot, self._backend.record(self._compute))
 
     def _discard(self, flying: InFlight) -> None:
         # Released on the compute stream like every other slot, so that one event covers all that came before it;

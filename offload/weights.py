@@ -80,6 +80,7 @@ class Weights:
         self._pinned_bytes = 0
         self._bound: dict[int, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
+        self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
         self._originals: list[torch.device] = []
         self._one_memory = backend.shared_memory and backend.device.type != "cpu"
         self.masters: list[torch.Tensor] = []
@@ -132,14 +133,17 @@ class Weights:
     # ------------------------------------------------------------------ binding
     @staticmethod
     def _view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
-        usable = raw.numel() - raw.numel() % ref.dtype.itemsize
-        typed = raw[:usable].view(ref.dtype)
+        over = raw.numel() % ref.dtype.itemsize
+        typed = (raw[:-over] if over else raw).view(ref.dtype)
         return typed.as_strided(ref.size, ref.stride, typed.storage_offset() + ref.offset)
 
     def _point_at_master(self, storage: Storage) -> None:
         raw = self.masters[storage.index]
-        for ref in storage.refs:
-            ref.tensor.data = self._view(raw, ref)
+        home = self._homes.get(storage.index)
+        if home is None or home[0] is not raw:  # made once: unbinding happens for every streamed unit of every step
+            home = self._homes[storage.index] = (raw, [self._view(raw, ref) for ref in storage.refs])
+        for ref, view in zip(storage.refs, home[1], strict=True):
+            ref.tensor.data = view
 
     def bind(self, storage: Storage, raw: torch.Tensor) -> None:
         """Point the tensors of `storage` at `raw`, a device uint8 tensor of its size."""
@@ -196,6 +200,7 @@ class Weights:
         """Forget the masters, and leave the tensors as they are: something else has replaced them."""
         self.masters = []
         self._bound = {}
+        self._homes = {}
         self._pinner.give_back(self._pinned_bytes)
         self._pinned_bytes = 0
 
