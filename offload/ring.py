@@ -1,9 +1,9 @@
 """VRAM slots that streamed units pass through. Invariant: one allocation, made before the stage; none inside a step.
 
 The ring is one buffer, handed out in order and given back in order. A slot is reusable once the compute stream has
-passed the event recorded at its release; since that stream runs in order, the event of the newest slot given back
-covers all older ones, so a copy into reused bytes waits for one event only. A slot given back out of order waits
-for the older ones: FIFO is what makes the buffer free of fragmentation.
+passed the event recorded at its release; since that stream runs in order, the event of the latest release covers all
+earlier ones, so a copy into reused bytes waits for one event only. A slot given back out of order (a leaf that runs
+inside another one) waits for the older ones: FIFO is what makes the buffer free of fragmentation.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .units import aligned
 
 
 class Slot:
-    """A stretch of the ring: where it lies, and the events that order its two uses."""
+    """A stretch of the ring: where it lies, and the event that says it is filled."""
 
-    __slots__ = ("copied", "end", "nbytes", "released", "start")
+    __slots__ = ("copied", "end", "given_back", "nbytes", "start")
 
     def __init__(self, start: int, end: int, nbytes: int) -> None:
         self.start = start
         self.end = end  # aligned
         self.nbytes = nbytes
         self.copied: Any = None  # event on the copy stream: the bytes are here
-        self.released: Any = None  # event on the compute stream: the last kernel that reads them is queued before it
+        self.given_back = False
 
 
 class Ring:
@@ -41,6 +41,7 @@ class Ring:
         self._head = 0  # next free byte
         # what a copy into the ring has to wait for: at first, whatever used these bytes before they were the ring's
         self.reusable_after: Any = backend.record(backend.current_stream())
+        self._latest: Any = self.reusable_after  # event of the latest release, in time and not by place in the ring
 
     def reserve(self, nbytes: int) -> Slot | None:
         """The next slot of `nbytes`, or None while the bytes it would take are still in use."""
@@ -74,12 +75,14 @@ class Ring:
 
     def release(self, slot: Slot, event: Any) -> None:
         """The slot may be reused once the compute stream has passed `event`."""
-        slot.released = event
+        slot.given_back = True
+        self._latest = event
         self._collect()
 
     def _collect(self) -> None:
-        while self._live and self._live[0].released is not None:
-            self.reusable_after = self._live.popleft().released
+        while self._live and self._live[0].given_back:
+            self._live.popleft()
+            self.reusable_after = self._latest
 
     @property
     def in_use(self) -> int:

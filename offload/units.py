@@ -152,11 +152,11 @@ def build_component(name: str, module: nn.Module, role: str = "other") -> Compon
         for tensor_name, tensor, is_buffer in _own_tensors(child):
             full = f"{path}.{tensor_name}" if path else tensor_name
             _check(name, full, tensor)
-            touched = touched or tensor.numel() > 0
+            if tensor.numel() == 0:  # nothing to place, even where it keeps the storage of another module alive
+                continue
+            touched = True
             raw = tensor.untyped_storage()
             storage = by_pointer.get(raw.data_ptr())
-            if raw.nbytes() == 0:
-                continue
             if storage is None:
                 storage = Storage(len(storages), raw.nbytes(), unit.index)
                 storages.append(storage)
@@ -190,6 +190,11 @@ def build_component(name: str, module: nn.Module, role: str = "other") -> Compon
 
 
 def _check(component: str, name: str, tensor: torch.Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ComponentError(
+            f"component '{component}': '{name}' has no shape yet (a lazy module). Call the model once, or load its "
+            "weights, first."
+        )
     if tensor.is_meta:
         raise ComponentError(
             f"component '{component}': '{name}' is on the meta device, so its weights were never loaded "
