@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .activation import Signature
@@ -14,7 +16,7 @@ from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
 from .plan import StagePlan
 from .policy import ComponentInfo, Role
-from .units import Component, build_component
+from .units import Component, ComponentError, build_component
 from .weights import Pinner, Weights
 
 # A plan is kept while the budget moves by less than this share of the component: a new one would only shuffle weights.
@@ -56,11 +58,13 @@ class Managed:
         self.retrying = False  # the call is being repeated after a step down
         self.evicted_for: str | None = None  # reason of the last eviction, until it is loaded again
 
-    def _build(self, component: Component) -> None:
+    def _build(self, component: Component, origins: Mapping[str, torch.device] | None = None) -> None:
         backend, ledger, copy_stream, pinner = self._make
         self.component = component
-        self.weights = Weights(component, backend, pinner)
-        self.engine: Engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
+        self.weights = Weights(component, backend, pinner, origins)
+        self.engine: Engine = StreamEngine(
+            component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self)
+        )
 
     @property
     def info(self) -> ComponentInfo:
@@ -86,13 +90,18 @@ class Managed:
 
     def rebuild(self) -> None:
         """Something else replaced or converted the weights: take them as they are now."""
+        component = build_component(self.name, self.module, self.role)
+        origins = self.weights.origins
         self.engine.disarm()
         self.weights.abandon()
-        self._build(build_component(self.name, self.module, self.role))
+        self._build(component, origins)
         self.plan = None
         self.unplace()
 
     def release(self) -> None:
         """Give the module back."""
         self.entries.detach()
+        if self.weights.foreign_change() is not None:  # converted where no hook of ours saw it: as it is now
+            with contextlib.suppress(ComponentError):  # or taken by another offloader: left to that one
+                self.rebuild()
         self.engine.detach()

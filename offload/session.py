@@ -18,7 +18,7 @@ from torch import nn
 
 from . import memory
 from .activation import signature
-from .backend import Backend, open_backend
+from .backend import Backend, is_out_of_memory, open_backend
 from .ledger import Ledger, RunRecord
 from .managed import Managed
 from .oom import StepDown
@@ -104,7 +104,23 @@ class Session:
 
     def refresh(self, name: str) -> None:
         """Take the weights of a component as they are now: something was added to them, or took their place."""
-        self._convert(self.components[name], "refresh", lambda: None, (), {})
+        self._renew(self.components[name])
+
+    def _absorb(self) -> None:
+        """Take over what was converted or moved while no hook of ours was there to see it (mode none)."""
+        for managed in self.components.values():
+            if not managed.running and managed.weights.foreign_change() is not None:
+                self._renew(managed)
+
+    def _renew(self, managed: Managed) -> None:
+        self.stages.leave()
+        managed.engine.abort()
+        if managed.weights.foreign_change() is None:
+            managed.engine.evict(None, "external")  # else the masters are out of date, and must not come back
+        managed.rebuild()
+        self.stages.peaks.forget(managed.name)
+        if always_resident(self.resolved):
+            self._load_whole(managed)
 
     def detach(self) -> None:
         """Give every component back, as it was."""
@@ -125,6 +141,7 @@ class Session:
 
     def free(self, nbytes: int | None = None) -> int:
         """Give at least `nbytes` of device memory back (everything where None); the bytes that came free."""
+        self._absorb()
         return self.stages.free(nbytes)
 
     # ------------------------------------------------------------------ policy
@@ -135,6 +152,7 @@ class Session:
 
     @policy.setter
     def policy(self, policy: OffloadPolicy) -> None:
+        self._absorb()
         before, self._policy = self._policy, policy
         self._warned = False
         try:
@@ -238,7 +256,9 @@ class Session:
                 try:
                     self.stages.enter(managed, entry, sig)
                     return self._forward(managed, entry, method, args, kwargs)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     failure = str(error)
                 # outside the except block: the traceback, and the activations that it kept alive, are gone
                 self.stages.abandon(managed)
@@ -285,7 +305,4 @@ class Session:
         try:
             return method(*args, **kwargs)
         finally:
-            managed.rebuild()
-            self.stages.peaks.forget(managed.name)
-            if always_resident(self.resolved):
-                self._load_whole(managed)
+            self._renew(managed)

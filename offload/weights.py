@@ -9,6 +9,8 @@ order, and stay pageable beyond it. Slabs are powers of two, the sizes that torc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from .backend import Backend
@@ -26,13 +28,16 @@ class Pinner:
         self.budget = budget
         self.used = 0
 
-    def slab(self, nbytes: int) -> torch.Tensor | None:
-        """A pinned uint8 tensor of `nbytes`, or None where the budget or the system says no."""
-        if nbytes <= 0 or self.used + nbytes > self.budget:
+    def slab(self, nbytes: int, charge: int) -> torch.Tensor | None:
+        """A pinned uint8 tensor of `nbytes`, or None where the budget or the system says no.
+
+        `charge` is what the host allocator really locks for it.
+        """
+        if nbytes <= 0 or self.used + charge > self.budget:
             return None
         slab = self._backend.pinned_empty(nbytes)
         if slab is not None:
-            self.used += nbytes
+            self.used += charge
         return slab
 
     def give_back(self, nbytes: int) -> None:
@@ -48,8 +53,8 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def slab_bytes(need: int) -> int:
-    """The slab that holds `need` bytes: the next power of two, exactly `need` for a storage beyond SLAB_BYTES."""
-    return need if need > SLAB_BYTES else max(SMALLEST_SLAB, 1 << (need - 1).bit_length())
+    """What torch's host allocator locks for a slab of `need` bytes: the next power of two."""
+    return max(SMALLEST_SLAB, 1 << (need - 1).bit_length())
 
 
 def slab_groups(sizes: list[tuple[int, int]], budget: int) -> list[list[int]]:
@@ -73,8 +78,16 @@ def slab_groups(sizes: list[tuple[int, int]], budget: int) -> list[list[int]]:
 class Weights:
     """The masters of one component and what its tensors are bound to now."""
 
-    def __init__(self, component: Component, backend: Backend, pinner: Pinner) -> None:
+    def __init__(
+        self,
+        component: Component,
+        backend: Backend,
+        pinner: Pinner,
+        origins: Mapping[str, torch.device] | None = None,
+    ) -> None:
+        """`origins`: where `restore` puts a storage, by its first tensor's name; else where it is found now."""
         self.component = component
+        self._origins = origins or {}
         self._backend = backend
         self._pinner = pinner
         self._pinned_bytes = 0
@@ -91,7 +104,7 @@ class Weights:
         """Take every storage as a CPU master, bringing down once what was loaded straight onto the device."""
         for storage in self.component.storages:
             raw = _raw(storage.refs[0].tensor)
-            self._originals.append(raw.device)
+            self._originals.append(self._origins.get(storage.refs[0].name, raw.device))
             self.masters.append(raw if raw.device.type == "cpu" else raw.to("cpu"))
         for storage in self.component.storages:
             self._point_at_master(storage)
@@ -108,10 +121,10 @@ class Weights:
                 [(i, self.masters[i].numel()) for i in todo], self._pinner.budget - self._pinner.used
             ):
                 need = sum(aligned(self.masters[i].numel()) for i in group)
-                slab = self._pinner.slab(slab_bytes(need))
+                slab = self._pinner.slab(need, slab_bytes(need))
                 if slab is None:
                     return
-                self._pinned_bytes += slab.numel()
+                self._pinned_bytes += slab_bytes(need)
                 start = 0
                 for i in group:
                     nbytes = self.masters[i].numel()
@@ -155,14 +168,16 @@ class Weights:
         if self._one_memory:
             self.masters[storage.index] = raw[:0]  # a second copy in the same memory would only take room
 
-    def unbind(self, storage: Storage) -> int:
+    def unbind(self, storage: Storage, *, keep_foreign: bool = False) -> int:
         """Point the tensors back at the master.
 
+        `keep_foreign`: a tensor that something else has replaced since it was bound is left to it.
         Returns the bytes that had to come down: 0 unless the model wrote into a buffer of its own while it ran
         (a counter, a running statistic); such a buffer is state, not a weight, and would be lost otherwise.
         """
+        foreign = keep_foreign and self._changed(storage) is not None
         raw = self._bound.pop(storage.index, None)
-        if raw is None:
+        if raw is None or foreign:
             return 0
         if self._one_memory:
             self.masters[storage.index] = raw.to("cpu")
@@ -196,6 +211,11 @@ class Weights:
                 return ref.name
         return None
 
+    @property
+    def origins(self) -> dict[str, torch.device]:
+        """Where each storage came from, by its first tensor's name."""
+        return {s.refs[0].name: self._originals[s.index] for s in self.component.storages}
+
     def abandon(self) -> None:
         """Forget the masters, and leave the tensors as they are: something else has replaced them."""
         self.masters = []
@@ -226,8 +246,11 @@ class Weights:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written in place; inference tensors do not count, and read as never."""
-    return -2 if tensor.is_inference() else int(tensor._version)
+    """How often the tensor was written in place; what was made in inference mode does not count, and reads as never."""
+    try:
+        return int(tensor._version)
+    except RuntimeError:
+        return -2
 
 
 assert SLAB_BYTES % ALIGNMENT == 0

@@ -170,6 +170,7 @@ class OffloadedPipeline:
     def report(self, *, full: bool = False) -> dict[str, Any]:
         """`offload-report/1` of the last run, a direct call of the pipeline included. `full`: no list is capped."""
         if self.session.ledger.active and not self._calling and not self._recording:
+            self._take_over()
             self.session.close_run()  # opened by a call of one of the models by hand
         self._keep()
         facts = self._facts or unrecorded(self.session, NO_RUN, output_neutral=None)
@@ -182,12 +183,17 @@ class OffloadedPipeline:
             if session.ledger.active and not any(m.running for m in session.components.values()):
                 unfinished = UnfinishedRunError("a call of the pipeline ended between two models")
                 session.close_run(unfinished if self._calling else None)
-            if shared.owner is not None:
-                shared.owner._keep()
-            shared.owner = self
-            self._seen = session.record
+            self._take_over()
         self._calling = True
         self._refresh()
+
+    def _take_over(self) -> None:
+        """The run that comes, or is open, is this pipeline's; another one keeps what it has."""
+        shared = self._shared
+        if shared.owner is not None:
+            shared.owner._keep()
+        shared.owner = self
+        self._seen = self.session.record
 
     def _end(self) -> None:
         """A call of the pipeline ends: diffusers calls `maybe_free_model_hooks` last."""
@@ -196,7 +202,8 @@ class OffloadedPipeline:
         session = self.session
         self._calling = False
         if session.ledger.active:
-            self._shared.owner = self
+            if self._shared.owner is not self:  # a pipeline without check_inputs
+                self._take_over()
             session.close_run()
             self._keep()
         elif always_resident(session.resolved):
