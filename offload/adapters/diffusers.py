@@ -126,11 +126,11 @@ class OffloadedPipeline:
         pipe = self.pipe
         found: dict[str, Any] = {_MARK: True, **refusals(pipe)}
         if hasattr(pipe, "check_inputs"):
-            found["check_inputs"] = _around(pipe.check_inputs, before=self._begin)
-        found["maybe_free_model_hooks"] = _around(pipe.maybe_free_model_hooks, after=self._end)
+            found["check_inputs"] = self._beginning(pipe.check_inputs)
+        found["maybe_free_model_hooks"] = _then(pipe.maybe_free_model_hooks, self._end)
         for name in _CHANGES:
             if hasattr(pipe, name):
-                found[name] = _around(getattr(pipe, name), after=self._refresh)
+                found[name] = _then(getattr(pipe, name), self._refresh)
         return found
 
     # ------------------------------------------------------------------ policy
@@ -178,7 +178,7 @@ class OffloadedPipeline:
 
     def _begin(self) -> None:
         """A call of the pipeline begins: directly (its `check_inputs` runs), or through us."""
-        session, shared = self.session, self._shared
+        session = self.session
         if not self._recording:
             if session.ledger.active and not any(m.running for m in session.components.values()):
                 unfinished = UnfinishedRunError("a call of the pipeline ended between two models")
@@ -186,6 +186,24 @@ class OffloadedPipeline:
             self._take_over()
         self._calling = True
         self._refresh()
+
+    def _beginning(self, check_inputs: Callable[..., Any]) -> Callable[..., Any]:
+        """The pipeline's `check_inputs`, which its call runs first."""
+
+        @functools.wraps(check_inputs)
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            if not self._recording and always_resident(self.session.resolved):
+                self.session.open_run()  # elsewhere the first model opens it; in mode none nothing of ours is there
+            try:
+                return check_inputs(*args, **kwargs)
+            except BaseException as error:
+                if not self._recording:
+                    self._calling = False
+                    self.session.close_run(error)
+                raise
+
+        return begin
 
     def _take_over(self) -> None:
         """The run that comes, or is open, is this pipeline's; another one keeps what it has."""
@@ -269,19 +287,14 @@ def _put_back(pipe: Any, name: str, value: Any) -> None:
         pipe.__dict__[name] = value
 
 
-def _around(
-    method: Callable[..., Any], *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
-) -> Callable[..., Any]:
-    """`method` with something done around it, after errors too."""
+def _then(method: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+    """`method` with something done behind it, after errors too."""
 
     @functools.wraps(method)
-    def around(*args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before()
+    def then(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         finally:
-            if after is not None:
-                after()
+            after()
 
-    return around
+    return then

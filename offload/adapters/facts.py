@@ -15,8 +15,8 @@ from ..report import build_report
 from ..session import Session
 
 NOT_RECORDED = (
-    "this run was not recorded: in mode none a direct call of the pipeline meets no hook of ours; "
-    "call the offloaded pipeline itself to record it"
+    "this run was not recorded: in mode none a direct call of a pipeline that has no check_inputs meets nothing of "
+    "ours; call the offloaded pipeline itself to record it"
 )
 NO_RUN = "no run was recorded yet"
 
@@ -31,7 +31,6 @@ class RunFacts:
     vram: dict[str, Any]
     ram: dict[str, Any]
     output_neutral: bool | None
-    verdict: str | None = None
 
     def report(self, session: Session, *, full: bool = False) -> dict[str, Any]:
         """`offload-report/1` of this run."""
@@ -53,7 +52,6 @@ class RunFacts:
             rung=backend.rung,
             world="pipeline",
             output_neutral=self.output_neutral,
-            verdict=self.verdict,
             full=full,
         )
 
@@ -81,9 +79,8 @@ def collect(session: Session, record: RunRecord, *, output_neutral: bool | None)
 
 
 def unrecorded(session: Session, why: str, *, output_neutral: bool | None) -> RunFacts:
-    """A run that nobody watched: every figure unknown, and the reason as an event."""
-    record = RunRecord(None, _now(), "none", cap=1)
-    record.events.append({"kind": "notice", "text": why, "data": {}, "t": None})
+    """A run that nobody watched: every figure unknown, and the reason as the error."""
+    record = RunRecord(None, _now(), "none", cap=1, clock_error=why)
     known = collect(session, record, output_neutral=output_neutral)
     return RunFacts(
         record,
@@ -92,7 +89,6 @@ def unrecorded(session: Session, why: str, *, output_neutral: bool | None) -> Ru
         vram={**known.vram, "peak_torch": None, "high_crossings": None},
         ram=known.ram,
         output_neutral=output_neutral,
-        verdict="resident" if why is NOT_RECORDED else None,
     )
 
 
