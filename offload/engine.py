@@ -19,7 +19,7 @@ from .backend import Backend
 from .demand import DemandPaging
 from .ledger import Ledger, Reason
 from .plan import Plan, units_to_free
-from .stream import Order, Stream, on_copy_stream, parts
+from .stream import Order, Stream, copies_ordered, parts
 from .units import Component, Storage, Unit, aligned
 from .weights import Weights
 
@@ -150,12 +150,11 @@ class StreamEngine:
     def _load(self, buffers: dict[int, torch.Tensor], reason: Reason, avoidable: bool) -> None:
         copies = [pair for index, buffer in buffers.items() for pair in parts(self.component.units[index], buffer)]
         with self._ledger.span("onload"):
-            with on_copy_stream(self._backend, self._copy_stream):
+            with copies_ordered(self._backend, self._copy_stream):
                 start = self._backend.record(self._copy_stream, timed=True)
                 for storage, part in copies:
                     self.weights.copy_to(storage, part)
                 end = self._backend.record(self._copy_stream, timed=True)
-            self._backend.current_stream().wait_event(end)
             self._bind(copies)
         self._loaded.update(buffers)
         nbytes = sum(storage.nbytes for storage, _ in copies)
@@ -198,7 +197,7 @@ class StreamEngine:
             for index in gone:
                 unit = self.component.units[index]
                 for storage in unit.storages:
-                    came_down += self.weights.unbind(storage)
+                    came_down += self.weights.unbind(storage, keep_foreign=True)
                 freed += unit.nbytes
                 del self._loaded[index]
         self._ledger.move(self.component.name, "drop", freed, reason, count=len(gone))
@@ -277,6 +276,7 @@ class StreamEngine:
     def _open_forward(self, entry: str, wrap: bool) -> Order:
         if self.stream.busy or self._held:
             self.abort()  # a direct call of a submodule raised, and left its unit up
+            self.stream.resize(self.plan.ring_bytes if self.plan is not None else 0)
         order = self._orders.setdefault(entry, Order())
         everything = frozenset(unit.index for unit in self.component.units)
         self.stream.open(order, wrap, everything - self._loaded.keys() - self.held_units)
@@ -302,7 +302,7 @@ class StreamEngine:
         self._implicit = None
 
     def abort(self) -> None:
-        """After an exception: nothing bound to the ring, nothing held, no forward open. Resident units stay."""
+        """After an exception: no ring, nothing held, no forward open. Resident units stay."""
         self.stream.abort()
         self._end_forward()
 

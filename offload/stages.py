@@ -104,12 +104,13 @@ class Stages:
             managed.rungs.clear()
             managed.limit = None
         self.leave()
-        if managed.weights.foreign_change() is not None:
-            managed.rebuild()
-            self.peaks.forget(managed.name)
         if managed.name not in self._first_use:
             self._first_use.append(managed.name)
         policy = self._policy = self._resolve()
+        # in mode none the weights are the user's to convert; whatever evicts them finds out
+        if not always_resident(policy) and managed.weights.foreign_change() is not None:
+            managed.rebuild()
+            self.peaks.forget(managed.name)
         activations, _ = self.peaks.expect(managed.component, entry, sig, policy.headroom)
         decoding = managed.category(entry) == "decode"
         now = self._backend.memory()

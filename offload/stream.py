@@ -138,10 +138,14 @@ class Stream:
         return repeats
 
     def abort(self) -> None:
-        """The forward raised: unbind what is bound, forget what is on its way. The ring stays."""
+        """The forward raised, at any point of it: unbind what may be bound, and give up the ring with whatever slot
+        was in nobody's hands just then."""
         for index in list(self._live):
-            self._unbind(self.component.units[index])
-        self.forget()
+            self._live.pop(index)
+            for storage in self.component.units[index].storages:
+                self._weights.unbind(storage)
+        self._inflight.clear()
+        self.drop()
         self._order = None
 
     def take(self, unit: Unit) -> None:
@@ -163,9 +167,9 @@ class Stream:
         if slot is None or self.ring is None:  # larger than the ring, or the units around it hold all of it
             self._live[unit.index] = self.copy_aside(list(unit.storages), unit.slot_bytes)
             return
+        self._live[unit.index] = slot
         with self._ledger.wait("stall"):
             self._compute.wait_event(slot.copied)
-        self._live[unit.index] = slot
         for storage, part in parts(unit, self.ring.buffer[slot.start : slot.end]):
             self._weights.bind(storage, part)
 
@@ -184,19 +188,15 @@ class Stream:
         """Bring `storages` up in a buffer of their own and bind them; the compute stream waits for the copy."""
         with torch.inference_mode(False), torch.no_grad():
             buffer = self._backend.empty(nbytes)
-        compute = self._backend.current_stream()
-        ready = self._backend.record(compute)  # queued kernels may still read bytes that the allocator hands out again
-        with self._ledger.wait("stall"):
-            with self._backend.on_stream(self._copy_stream):
-                self._copy_stream.wait_event(ready)
-                start = self._backend.record(self._copy_stream, timed=True)
-                offset = 0
-                for storage in storages:
-                    part = buffer[offset : offset + storage.nbytes]
-                    self._weights.copy_to(storage, part)
-                    offset += aligned(storage.nbytes)
-                end = self._backend.record(self._copy_stream, timed=True)
-            compute.wait_event(end)
+        # queued kernels may still read bytes that the allocator hands out again
+        with self._ledger.wait("stall"), copies_ordered(self._backend, self._copy_stream):
+            start = self._backend.record(self._copy_stream, timed=True)
+            offset = 0
+            for storage in storages:
+                part = buffer[offset : offset + storage.nbytes]
+                self._weights.copy_to(storage, part)
+                offset += aligned(storage.nbytes)
+            end = self._backend.record(self._copy_stream, timed=True)
         offset = 0
         for storage in storages:
             self._weights.bind(storage, buffer[offset : offset + storage.nbytes])
@@ -275,9 +275,14 @@ class Stream:
 
 
 @contextlib.contextmanager
-def on_copy_stream(backend: Backend, copy_stream: Any) -> Iterator[None]:
-    """Copies in this block run on the copy stream, after what the compute stream has queued so far."""
-    ready = backend.record(backend.current_stream())
-    with backend.on_stream(copy_stream):
-        copy_stream.wait_event(ready)
-        yield
+def copies_ordered(backend: Backend, copy_stream: Any) -> Iterator[None]:
+    """Copies in this block run on the copy stream, behind what the compute stream has queued before it and ahead of
+    what it queues after; also when the block raises, as the memory they write to may be freed at once."""
+    compute = backend.current_stream()
+    ready = backend.record(compute)
+    try:
+        with backend.on_stream(copy_stream):
+            copy_stream.wait_event(ready)
+            yield
+    finally:
+        compute.wait_event(backend.record(copy_stream))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, DeviceMemory, Mark
+from .base import Backend, DeviceMemory, Mark, is_out_of_memory
 from .cpu import CpuBackend
 from .generic import AcceleratorBackend
 from .mps import MpsBackend
 
-__all__ = ["Backend", "CpuBackend", "DeviceMemory", "Mark", "NoAcceleratorError", "open_backend"]
+__all__ = ["Backend", "CpuBackend", "DeviceMemory", "Mark", "NoAcceleratorError", "is_out_of_memory", "open_backend"]
 
 
 class NoAcceleratorError(RuntimeError):

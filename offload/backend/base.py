@@ -33,6 +33,17 @@ class DeviceMemory:
         return max(0, self.total - self.free - self.reserved)
 
 
+# Libraries below torch report a failed allocation of their own as a plain RuntimeError.
+_ALLOCATION_FAILED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "backend out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device has no room left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILED)
+
+
 class Backend(Protocol):
     """One device. All sizes are bytes, all times seconds."""
 
