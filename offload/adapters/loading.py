@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,18 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, pipeline_class: Any, k
     given = {name: kw.pop(name) for name in list(kw) if name in index}
     variant = kw.pop("variant", None)
     # All that can be found out without reading weights comes first.
-    plan: dict[str, tuple[Any, Path]] = {}
+    plan: dict[str, tuple[Any, str | None]] = {}
     for name, (library, class_name) in _entries(index):
         if name in given:
             continue
         kind = _component_class(folder / name, library, class_name)
         if issubclass(kind, nn.Module):
-            _check_weights(folder / name, name, variant)
-            plan[name] = kind, folder / name
+            plan[name] = kind, _check_weights(folder / name, name, variant)
     parts: dict[str, nn.Module] = {}
-    for name, (kind, place) in plan.items():
-        parts[name] = _load_module(kind, place, dtype, variant)
+    for name, (kind, found) in plan.items():
+        # a library may draw values for weights that it misses, before it says so
+        with torch.random.fork_rng(devices=[]):
+            parts[name] = _load_module(kind, folder / name, dtype, found)
     make = pipeline_class or diffusers.DiffusionPipeline
     options = {"use_safetensors": True, "local_files_only": True, **kw}
     try:
@@ -143,8 +145,8 @@ def _component_class(place: Path, library: str, class_name: str) -> Any:
     return found
 
 
-def _check_weights(place: Path, name: str, variant: str | None) -> None:
-    """A folder of one model has its weights, as safetensors, whole. Reads headers only."""
+def _check_weights(place: Path, name: str, variant: str | None) -> str | None:
+    """A folder of one model has its weights, as safetensors, whole. Reads headers only. The variant that it has."""
     if not place.is_dir():
         raise ModelFileError(place, f"component '{name}' is missing", _near(place))
     if not (place / "config.json").exists():
@@ -157,15 +159,33 @@ def _check_weights(place: Path, name: str, variant: str | None) -> None:
                 place, f"component '{name}' has only pickled weights ({', '.join(pickled[:3])})", _CONVERT
             )
         raise ModelFileError(place, f"component '{name}' has no weights", "Fetch its .safetensors file")
-    if variant is not None and not any(f".{variant}." in f.name or f".{variant}-" in f.name for f in files):
-        files = [f for f in files if f.name.count(".") == 1]
+    by_variant: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_variant.setdefault(_variant_of(file), []).append(file)
+    if variant not in by_variant:
+        variant = None  # as in diffusers: not every model of a pipeline needs to have it
+    if None not in by_variant and variant is None:
+        known = sorted(str(v) for v in by_variant)
+        raise ModelFileError(
+            place, f"component '{name}' has weights as {', '.join(known)} only", f"Pass `variant='{known[0]}'`"
+        )
     for shards in place.glob("*.safetensors.index*.json"):
+        if _variant_of(shards) != variant:
+            continue
         wanted = set(json.loads(shards.read_text(encoding="utf-8")).get("weight_map", {}).values())
         missing = sorted(wanted - {f.name for f in files})
         if missing:
             raise ModelFileError(place, f"component '{name}' lacks {', '.join(missing[:3])}", "Fetch the files again")
-    for file in files:
+    for file in by_variant[variant]:
         _header(file)
+    return variant
+
+
+def _variant_of(file: Path) -> str | None:
+    """ "fp16" of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`."""
+    words = re.sub(r"-\d{5}-of-\d{5}", "", file.name).split(".")
+    middle = [word for word in words[1:-1] if word not in ("safetensors", "index")]
+    return middle[-1] if middle else None
 
 
 def _header(file: Path) -> dict[str, torch.Tensor]:
