@@ -182,7 +182,7 @@ def _check_weights(place: Path, name: str, variant: str | None) -> str | None:
 
 
 def _variant_of(file: Path) -> str | None:
-    """ "fp16" of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`."""
+    """The word between name and ending: fp16 in `model.fp16.safetensors`, None in `model.safetensors`."""
     words = re.sub(r"-\d{5}-of-\d{5}", "", file.name).split(".")
     middle = [word for word in words[1:-1] if word not in ("safetensors", "index")]
     return middle[-1] if middle else None

@@ -296,6 +296,11 @@ def test_single_files_that_do_not_load(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_component_that_was_never_loaded(saved: Path) -> None:
+    text = refused(saved, unet=build_sd().unet.to("meta"))
+    assert "component 'unet' has no weights for conv_in.weight" in text and "pass it as `unet=`" in text
+
+
 @pytest.mark.parametrize("key", ["trust_remote_code", "device_map", "custom_pipeline"])
 def test_what_is_never_done(saved: Path, key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}: not allowed here"):
