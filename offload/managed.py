@@ -90,6 +90,9 @@ class Managed:
 
     def rebuild(self) -> None:
         """Something else replaced or converted the weights: take them as they are now."""
+        self.engine.abort()
+        self.engine.evict(None, "external")  # what nobody replaced lies in a buffer of its unit, ...
+        self.weights.leave_slabs()  # ... and then in a slab: either would be taken for one storage
         component = build_component(self.name, self.module, self.role)
         origins = self.weights.origins
         self.engine.disarm()

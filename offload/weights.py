@@ -91,6 +91,7 @@ class Weights:
         self._backend = backend
         self._pinner = pinner
         self._pinned_bytes = 0
+        self._in_slab: set[int] = set()  # storages whose master lies in a slab of ours
         self._bound: dict[int, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
         self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
@@ -131,6 +132,7 @@ class Weights:
                     home = slab[start : start + nbytes]
                     home.copy_(self.masters[i])
                     self.masters[i] = home
+                    self._in_slab.add(i)
                     self._point_at_master(self.component.storages[i])
                     start += aligned(nbytes)
 
@@ -147,8 +149,11 @@ class Weights:
     @staticmethod
     def _view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
         over = raw.numel() % ref.dtype.itemsize
-        typed = (raw[:-over] if over else raw).view(ref.dtype)
-        return typed.as_strided(ref.size, ref.stride, typed.storage_offset() + ref.offset)
+        # A view made in inference mode would turn the model's own tensor into an inference tensor: its writes would
+        # not be counted, and nobody could ask for a gradient later.
+        with torch.inference_mode(False):
+            typed = (raw[:-over] if over else raw).view(ref.dtype)
+            return typed.as_strided(ref.size, ref.stride, typed.storage_offset() + ref.offset)
 
     def _point_at_master(self, storage: Storage) -> None:
         raw = self.masters[storage.index]
@@ -203,18 +208,32 @@ class Weights:
 
     def _changed(self, storage: Storage) -> str | None:
         raw = self._bound.get(storage.index)
-        base = (raw if raw is not None else self.masters[storage.index]).data_ptr()
-        for ref in storage.refs:
-            tensor = ref.tensor
-            moved = tensor.data_ptr() != base + ref.offset * ref.dtype.itemsize or tensor.dtype != ref.dtype
-            if moved and tensor.numel():
-                return ref.name
-        return None
+        base = raw if raw is not None else self.masters[storage.index]
+        return next((ref.name for ref in storage.refs if self._replaced(ref, base)), None)
+
+    @staticmethod
+    def _replaced(ref: TensorRef, base: torch.Tensor) -> bool:
+        tensor = ref.tensor
+        at_home = tensor.data_ptr() == base.data_ptr() + ref.offset * ref.dtype.itemsize and tensor.dtype == ref.dtype
+        return not at_home and tensor.numel() > 0
 
     @property
     def origins(self) -> dict[str, torch.device]:
         """Where each storage came from, by its first tensor's name."""
         return {s.refs[0].name: self._originals[s.index] for s in self.component.storages}
+
+    def leave_slabs(self) -> None:
+        """Give every tensor that still lies in a slab memory of its own, pageable; what is on the device is left."""
+        with torch.inference_mode(False):
+            for index in sorted(self._in_slab - self._bound.keys()):
+                storage, slab = self.component.storages[index], self.masters[index]
+                mine = [ref for ref in storage.refs if not self._replaced(ref, slab)]
+                self.masters[index] = slab.clone()
+                for ref in mine:
+                    ref.tensor.data = self._view(self.masters[index], ref)
+                self._in_slab.remove(index)
+                self._homes.pop(index, None)
+                self._pinned_masters.discard(index)
 
     def abandon(self) -> None:
         """Forget the masters, and leave the tensors as they are: something else has replaced them."""
@@ -236,10 +255,9 @@ class Weights:
                 self.unbind(storage)
                 home = self._originals[storage.index]
                 master = self.masters[storage.index]
-                own = master.numel() == master.untyped_storage().nbytes()
                 if home.type != "cpu":
                     self.masters[storage.index] = master.to(home)
-                elif not own:
+                elif storage.index in self._in_slab:
                     self.masters[storage.index] = master.clone()
                 self._point_at_master(storage)
         self.abandon()

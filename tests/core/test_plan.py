@@ -76,7 +76,9 @@ def test_sequential_holds_nothing_and_three_of_the_largest() -> None:
     plan = checked(sequential_plan(component), component)
     assert plan.resident == frozenset() and plan.ring_bytes == 27 * 512 and not plan.wrap
     assert checked(sequential_plan(component, held=[1]), component).ring_bytes == 21 * 512
-    assert checked(sequential_plan(component_of([5, 1])), component_of([5, 1])).ring_bytes == 6 * 512, "never more than all"
+    assert checked(sequential_plan(component_of([5, 1])), component_of([5, 1])).ring_bytes == 6 * 512, (
+        "never more than all"
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -238,9 +240,7 @@ RESOLVED = OffloadPolicy(mode="balanced").resolve(
         ({"fit_aware": False, "low": 301}, False, 301, []),
     ],
 )
-def test_the_order_of_decision(
-    fields: dict[str, Any], decoding: bool, used: int, gone: list[tuple[str, str]]
-) -> None:
+def test_the_order_of_decision(fields: dict[str, Any], decoding: bool, used: int, gone: list[tuple[str, str]]) -> None:
     assert not RESOLVED.fits
     policy = dataclasses.replace(RESOLVED, **{"low": 0, **fields})
     others = [arbiter.Other("b", 100, 1), arbiter.Other("a", 150, 1)]

@@ -5,8 +5,10 @@ Every model is built from a seed, so that a test compares an offloaded copy with
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -240,10 +242,7 @@ class Statistics(nn.Module):
         self.outward = nn.Linear(64, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.norm.train()
-        x = self.norm(self.inward(x))
-        self.norm.eval()
-        return self.outward(self.norm(x))
+        return self.outward(self.norm.train()(self.inward(x)))
 
 
 class Convs(nn.Module):
@@ -393,7 +392,9 @@ def state_of(module: nn.Module) -> dict[str, Any]:
         found[f"{path}:attributes"] = sorted(child.__dict__)
         found[f"{path}:forward"] = child.__dict__.get("forward")
         found[f"{path}:hooks"] = tuple(
-            (key, len(value)) for key, value in sorted(child.__dict__.items()) if "hook" in key and hasattr(value, "keys")
+            (key, len(value))
+            for key, value in sorted(child.__dict__.items())
+            if "hook" in key and hasattr(value, "keys")
         )
     first: dict[int, int] = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -432,6 +433,18 @@ def device_bytes(sim: Any) -> int:
     sim.synchronize()
     sim.empty_cache()
     return int(sim.memory_allocated())
+
+
+@contextlib.contextmanager
+def must_work() -> Iterator[None]:
+    """An error in the block fails the test without the traceback, which would keep device memory alive beyond it."""
+    failure = None
+    try:
+        yield
+    except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)
+        failure = str(error)
+    assert failure is None, failure
 
 
 def copied(sim: Any, work: Callable[[], Any]) -> dict[str, int]:
