@@ -22,6 +22,7 @@ from ..ledger import RunRecord
 from ..policy import OffloadPolicy
 from ..session import Session
 from ..stages import always_resident
+from ..summary import line
 from .attachments import attachments_of
 from .facts import NO_RUN, NOT_RECORDED, RunFacts, collect, unrecorded
 from .guards import check_part, check_pipeline, refusals
@@ -175,6 +176,10 @@ class OffloadedPipeline:
         self._keep()
         facts = self._facts or unrecorded(self.session, NO_RUN, output_neutral=None)
         return facts.report(self.session, full=full)
+
+    def summary(self) -> str:
+        """The last run in one line: where the time went, and what it took of VRAM and RAM."""
+        return line(self.report())
 
     def _begin(self) -> None:
         """A call of the pipeline begins: directly (its `check_inputs` runs), or through us."""
