@@ -33,7 +33,7 @@ def test_the_report_of_a_run(sim: ModuleType, mode: str, run: str) -> None:
         EXAMPLES["sd"].draw(handed(run, handle))
         report = handle.report()
         validate(report)
-        assert line(report)
+        assert handle.summary() == line(report) and len(handle.summary()) <= 200
         assert report["world"] == "pipeline" and report["rung"] == "simulated"
         assert report["policy"]["mode"] == mode and report["output_neutral"] is True
         assert report["complete"] is True and report["error"] is None
