@@ -34,7 +34,6 @@ from .toys import (
     Statistics,
     Tied,
     TurnsToWeight,
-    Twice,
     build,
     clone,
     copied,
@@ -436,7 +435,7 @@ def test_a_written_buffer_is_all_that_comes_down(sim: ModuleType, mode: str) -> 
     strict=True, reason="free() takes the weights, but mode none has no entry point that brings them back"
 )
 def test_mode_none_runs_after_its_memory_was_asked_for(sim: ModuleType) -> None:
-    net = build(Attention)
+    net = build(NETS["functional"][0])
     expected = clone(net)(tokens())
     with session_for(net, "none") as session, torch.no_grad():
         net(tokens().to(DEVICE))
