@@ -180,9 +180,20 @@ def test_an_sdxl_sized_set_on_12_gib_moves_nothing_after_the_first(sim: ModuleTy
         assert session.resolved.mode.value == "none" and session.resolved.sources["mode"] == "fit"
 
 
+@pytest.mark.parametrize(
+    "spare",
+    [
+        pytest.param(
+            16 * 1024,
+            marks=pytest.mark.xfail(strict=True, reason="slack() is asked for on top of what the fit rule counts"),
+        ),
+        64 * 1024,
+    ],
+)
 @pytest.mark.parametrize("mode", ["auto", "balanced"])
-def test_what_just_fits_stays(sim: ModuleType, mode: str) -> None:
-    """At the edge of the fit rule: with the learned peak and the allocator's rounding, and nothing to spare."""
+def test_what_just_fits_stays(sim: ModuleType, mode: str, spare: int) -> None:
+    """At the edge of the fit rule: weights, learned peak, the allocator's rounding, and hardly anything to spare (the
+    prompt, the condition and the picture so far are 12 KiB)."""
     toys = Toys(room=1 * MIB)
     sim.set_memory_cap(64 * MIB)
     with toys.session(OffloadPolicy(mode="none")) as session, session.run():
@@ -193,7 +204,7 @@ def test_what_just_fits_stays(sim: ModuleType, mode: str) -> None:
         peak = session.stages.peaks.largest()[0]
         rounding = sum(m.component.device_bytes for m in session.components.values()) - toys.weights
     card = toys.weights + rounding + peak
-    sim.set_memory_cap(card + 64 * 1024)
+    sim.set_memory_cap(card + spare)
     with toys.session(OffloadPolicy(mode=mode, headroom=peak)) as session:
         assert session.resolved.fits
         for prompt in range(4):
