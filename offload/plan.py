@@ -15,6 +15,7 @@ from typing import Protocol
 from .sizes import format_size
 from .units import Component, Unit
 
+MOST_GIANTS = 3  # units that are tried as residents for the sake of a smaller ring
 LOOKAHEAD_UNITS = 3  # ring size in largest streamed units: one in use, one arriving, one more to ride out the wrap
 
 
@@ -57,6 +58,7 @@ class StagePlan:
     resident_bytes: int
     streamed_bytes: int
     sentence: str
+    held_bytes: int = 0  # of units that are brought up beside the ring in every forward
 
     @property
     def device_bytes(self) -> int:
@@ -80,30 +82,32 @@ def full_plan(component: Component) -> StagePlan:
     return StagePlan(everything, 0, False, nbytes, 0, f"{component.name}: all {format_size(nbytes)} resident")
 
 
-def sequential_plan(component: Component, held: Iterable[int] = (), prefetch: int | None = None) -> StagePlan:
+def sequential_plan(
+    component: Component, held: Iterable[int] = (), prefetch: int | None = None, ceiling: int | None = None
+) -> StagePlan:
     """Nothing resident: leaf by leaf through a ring that holds the running leaf and the next ones.
 
     `held` units (ties, repeats, tensors of modules with children) are brought up once per forward, beside the ring.
+    `ceiling` is what the ring and they may take, device bytes: the ring shrinks to one leaf, and where not even that
+    fits there is none, and each leaf has a buffer of its own for its call.
     """
     skip = set(held)
     flowing = [u.slot_bytes for u in component.units if u.index not in skip]
-    ring = max(_ring_bytes(flowing, prefetch), 0)
     nbytes = component.device_bytes
-    return StagePlan(
-        frozenset(),
-        ring,
-        False,
-        0,
-        nbytes,
-        f"{component.name}: streams {format_size(nbytes)} through {format_size(ring)}",
-    )
+    beside = nbytes - sum(flowing)
+    options = _ring_options(flowing, prefetch)
+    ring = next((r for r in options if ceiling is None or r + beside <= ceiling), 0)
+    sentence = f"{component.name}: streams {format_size(nbytes)} through {format_size(ring)}"
+    return StagePlan(frozenset(), ring, False, 0, nbytes, sentence, held_bytes=beside)
 
 
-def _ring_bytes(sizes: Sequence[int], prefetch: int | None) -> int:
+def _ring_options(sizes: Sequence[int], prefetch: int | None) -> list[int]:
+    """Ring sizes to try, the best first, bytes: the user's; a lookahead of units; two units; one."""
     largest = max(sizes, default=0)
+    wishes = [LOOKAHEAD_UNITS * largest, 2 * largest, largest]
     if prefetch is not None:
-        return max(prefetch, largest)
-    return min(LOOKAHEAD_UNITS * largest, sum(sizes))
+        wishes = [max(prefetch, largest), *(min(wish, max(prefetch, largest)) for wish in wishes)]
+    return [min(wish, sum(sizes)) for wish in wishes]
 
 
 def stream_plan(
@@ -115,7 +119,8 @@ def stream_plan(
 ) -> StagePlan:
     """Keep what `budget` (device bytes, ring included) allows, stream the rest.
 
-    Units in `held` stay first: they cannot flow (ties, repeats, tensors used outside their module's forward).
+    Units in `held` stay first: they cannot flow (ties, repeats, tensors used outside their module's forward). One or
+    a few giants may stay too, where that makes the ring smaller than it keeps from staying (an embedding table).
     `order` is the order of execution as unit indexes, definition order where it is not known yet.
     Falls back to `sequential_plan` where the budget does not even hold a ring.
     """
@@ -126,25 +131,32 @@ def stream_plan(
     walk = [by_index[i] for i in order if i in by_index] if order else []
     walked = {u.index for u in walk}
     walk += [u for u in component.units if u.index not in walked]
-    candidates = [u for u in walk if u.index not in fixed]
-    fixed_bytes = sum(by_index[i].slot_bytes for i in fixed)
-    ring = _ring_bytes([u.slot_bytes for u in candidates], prefetch)
-    room = budget - fixed_bytes - ring
-    if room < 0:  # a shorter lookahead before no residency: two leaves still overlap
-        ring = _ring_bytes([u.slot_bytes for u in candidates], 0)
-        room = budget - fixed_bytes - ring
-    if room < 0:
-        return sequential_plan(component, held, prefetch)
-    keep = _spread(candidates, room) | fixed
-    resident = sum(by_index[i].slot_bytes for i in keep)
-    flowing = [u.slot_bytes for u in component.units if u.index not in keep]
-    ring = min(ring, sum(flowing))
-    streamed = sum(flowing)
+    by_size = sorted((u for u in walk if u.index not in fixed), key=lambda u: -u.slot_bytes)
+    best: tuple[int, int, frozenset[int]] | None = None  # resident bytes, ring, units that stay
+    for lookahead in range(len(_ring_options([], prefetch))):
+        for giants in range(min(MOST_GIANTS, len(by_size)) + 1):
+            stay = fixed | {u.index for u in by_size[:giants]}
+            candidates = [u for u in walk if u.index not in stay]
+            ring = _ring_options([u.slot_bytes for u in candidates], prefetch)[lookahead]
+            room = budget - sum(by_index[i].slot_bytes for i in stay) - ring
+            if room < 0:
+                continue
+            keep = frozenset(_spread(candidates, room) | stay)
+            resident = sum(by_index[i].slot_bytes for i in keep)
+            if best is None or resident > best[0]:
+                best = (resident, ring, keep)
+        if best is not None:
+            break  # a shorter lookahead only where a longer one has no room: copies must overlap
+    if best is None:
+        return sequential_plan(component, held, prefetch, budget)
+    resident, ring, keep = best
+    flowing = sum(u.slot_bytes for u in component.units if u.index not in keep)
+    ring = min(ring, flowing)
     sentence = (
         f"{component.name}: needs {format_size(component.device_bytes)}, {format_size(budget)} allowed: keeps "
-        f"{format_size(resident)}, streams {format_size(streamed)} through {format_size(ring)}"
+        f"{format_size(resident)}, streams {format_size(flowing)} through {format_size(ring)}"
     )
-    return StagePlan(frozenset(keep), ring, True, resident, streamed, sentence)
+    return StagePlan(keep, ring, True, resident, flowing, sentence)
 
 
 def _spread(candidates: Sequence[Unit], room: int) -> set[int]:
