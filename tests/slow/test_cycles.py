@@ -77,6 +77,7 @@ def draw(parts: dict[str, Net], device: str) -> torch.Tensor:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_thousand_generations_and_evictions(sim: ModuleType, mode: str) -> None:
+    sim.configure(copy_log=0)  # it grows with every copy, up to its limit
     parts = build()
     expected = draw(parts, "cpu")
     with Session(policies()[mode], device="vram") as session:
@@ -92,8 +93,6 @@ def test_a_thousand_generations_and_evictions(sim: ModuleType, mode: str) -> Non
             session.free()
             session.backend.synchronize()
             assert sim.memory_allocated() == start, f"cycle {cycle}"
-            if cycle % 100 == 0:
-                sim.clear_copy_log()
         after = rss()
         assert session.ledger.total_bytes_d2h == 0
     assert abs(after - before) <= 0.01 * before, f"{before} bytes before, {after} after {CYCLES} cycles"
@@ -103,6 +102,7 @@ def test_a_thousand_generations_and_evictions(sim: ModuleType, mode: str) -> Non
 @pytest.mark.timeout(1800)
 def test_every_switch_of_modes_again_and_again(sim: ModuleType) -> None:
     """The twenty ordered pairs, fifty times over: a thousand switches with a picture after each."""
+    sim.configure(copy_log=0)
     parts, wanted = build(), policies()
     expected = draw(parts, "cpu")
     pairs = [(a, b) for a in wanted for b in wanted if a != b]
@@ -120,7 +120,6 @@ def test_every_switch_of_modes_again_and_again(sim: ModuleType) -> None:
         session.free()
         session.backend.synchronize()
         assert sim.memory_allocated() == 0, f"turn {turn}"
-        sim.clear_copy_log()
     after = rss()
     assert abs(after - before) <= 0.01 * before, f"{before} bytes before, {after} after"
     assert session.ledger.total_bytes_d2h == 0
@@ -130,12 +129,16 @@ def test_every_switch_of_modes_again_and_again(sim: ModuleType) -> None:
 
 @pytest.mark.timeout(1800)
 def test_sessions_come_and_go(sim: ModuleType) -> None:
-    """Attached and given back two hundred times, in every mode: masters and slabs go with their session."""
+    """Attached and given back in every mode: masters and slabs go with their session.
+
+    The host's allocator is at rest after about a hundred turns; the two hundred after those are measured.
+    """
+    sim.configure(copy_log=0)
     parts, wanted = build(), policies()
     expected = draw(parts, "cpu")
     before = 0
-    for turn in range(220):
-        if turn == 20:
+    for turn in range(320):
+        if turn == 120:
             before = rss()
         for policy in wanted.values():
             with Session(policy, device="vram") as session:
