@@ -18,6 +18,7 @@ from .policy import ActivationSource
 from .units import Component
 
 Signature = tuple[Any, ...]
+GRADIENT = "gradient"  # in a signature: an input of the call requires one
 
 # Live tensors of the widest activation at once, per kind of model. Guesses of the right order, on the safe side:
 # they decide one first stage, then the measured peak takes their place.
@@ -25,8 +26,11 @@ _LIVE = {"denoiser": 24, "controlnet": 24, "text_encoder": 24, "vae": 10, "other
 
 
 def signature(entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
-    """What decides the activation peak of a call: entry point, shapes and dtypes of the tensors that come in."""
+    """What decides the activation peak of a call: entry point, shapes and dtypes of the tensors that come in, and
+    whether a gradient will be asked for through it (`GRADIENT`)."""
     found: list[Any] = [entry]
+    if torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values())):
+        found.append(GRADIENT)
     for value in args:
         _describe(value, found)
     for name, value in kwargs.items():
@@ -34,6 +38,19 @@ def signature(entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> S
             found.append(name)
             _describe(value, found)
     return tuple(found)
+
+
+def _wants_gradient(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)):
+            if _wants_gradient(value):
+                return True
+        elif isinstance(value, Mapping) and _wants_gradient(value.values()):
+            return True
+    return False
 
 
 def _describe(value: Any, found: list[Any]) -> None:
@@ -47,13 +64,13 @@ def _describe(value: Any, found: list[Any]) -> None:
             _describe(item, found)
 
 
-def estimate(component: Component, entry: str, sig: Signature) -> int:
+def estimate(component: Component, entry: str, sig: Signature, width: _Widths | None = None) -> int:
     """Bytes that a call of this signature is guessed to need, before it was ever measured."""
     shapes = list(_shapes(sig))
     if not shapes:
         return 0
     item = component.dtype.itemsize if component.dtype is not None else 4
-    width = _widths(component.module)
+    width = width or _widths(component.module)
     # positions x channels of the widest activation: a picture's pixels, or a sequence's tokens
     widest = 0
     for shape in shapes:
@@ -97,12 +114,16 @@ def _upscale(module: nn.Module) -> int:
     return int(2 ** (len(blocks) - 1)) if blocks else 8
 
 
+MOST_LEARNED = 1024  # signatures that are remembered; the oldest go first
+
+
 @dataclass
 class ActivationPeaks:
     """Learned peaks of one session, bytes, by (component, signature)."""
 
     learned: dict[tuple[str, Signature], int] = field(default_factory=dict)
     _guessed: dict[tuple[str, Signature], int] = field(default_factory=dict)
+    _widths: dict[str, _Widths] = field(default_factory=dict)
     _latest: dict[str, tuple[int, ActivationSource]] = field(default_factory=dict)
 
     def expect(
@@ -111,28 +132,41 @@ class ActivationPeaks:
         """Bytes to keep free for this call, and where the figure is from: learned, headroom or estimated."""
         key = (component.name, sig)
         if key in self.learned:
-            found: tuple[int, ActivationSource] = (self.learned[key], "learned")
-        elif headroom is not None:
-            found = (headroom, "headroom")
+            return self.learned[key], "learned"
+        if headroom is not None:
+            found: tuple[int, ActivationSource] = (headroom, "headroom")
         else:
             if key not in self._guessed:
-                self._guessed[key] = estimate(component, entry, sig)
+                if component.name not in self._widths:
+                    self._widths[component.name] = _widths(component.module)
+                self._guessed[key] = estimate(component, entry, sig, self._widths[component.name])
+                _trim(self._guessed)
             found = (self._guessed[key], "estimated")
         self._latest[component.name] = found
         return found
 
-    def learn(self, component: str, sig: Signature, nbytes: int) -> None:
-        """The last run of this shape needed `nbytes`."""
+    def learn(self, component: str, sig: Signature, nbytes: int, beside_weights: int) -> None:
+        """The last run of this shape needed `nbytes` more than there was in use when it began.
+
+        `beside_weights` is all that was in use and no weight, what was there before included: the fit rule's figure.
+        """
         self.learned[(component, sig)] = nbytes
-        self._latest[component] = (nbytes, "learned")
+        _trim(self.learned)
+        self._latest[component] = (beside_weights, "learned")
 
     def forget(self, component: str) -> None:
-        """The component changed (dtype, weights): what was measured on it no longer holds."""
+        """The component changed (dtype, weights) or went: what was measured on it no longer holds."""
         for table in (self.learned, self._guessed):
             for key in [k for k in table if k[0] == component]:
                 del table[key]
         self._latest.pop(component, None)
+        self._widths.pop(component, None)
 
     def largest(self) -> tuple[int, ActivationSource]:
-        """The largest peak among the stages seen so far, and where it is from."""
+        """The largest peak beside weights among the stages seen so far, and where it is from."""
         return max(self._latest.values(), default=(0, "estimated"))
+
+
+def _trim(table: dict[tuple[str, Signature], int]) -> None:
+    while len(table) > MOST_LEARNED:
+        del table[next(iter(table))]

@@ -90,12 +90,12 @@ def choose_plan(
     """The plan of a component that may hold `ceiling` device bytes of weights in this stage."""
     if component.name in policy.never or policy.mode is OffloadMode.MODEL:
         return full_plan(component)
-    if policy.mode is OffloadMode.SEQUENTIAL:
-        return sequential_plan(component, held, policy.prefetch)
     if policy.mode is OffloadMode.NONE and not policy.fits:
         return full_plan(component)  # the user's own word; where it does not fit, the error says so
     if policy.high is not None:
         ceiling = min(ceiling, policy.high)
+    if policy.mode is OffloadMode.SEQUENTIAL:
+        return sequential_plan(component, held, policy.prefetch, ceiling)
     return stream_plan(component, ceiling, held, policy.prefetch, order)
 
 
@@ -110,14 +110,16 @@ def shares(weights: dict[str, int], room: int) -> dict[str, int]:
 def in_turns(history: Sequence[tuple[str, int]], name: str, most_calls: int = 2, longest: int = 4) -> frozenset[str]:
     """The components that run in turns with `name`, itself included; empty when it does not take turns.
 
-    `history` is the sequence of finished stages (component, calls). A control net and its denoiser alternate within
-    every step: evicting one for the other at each turn would move everything twice a step, so they share a budget.
+    `history` is the sequence of finished stages (component, calls); `name` is about to run. A control net and its
+    denoiser alternate within every step: evicting one for the other at each turn would move everything twice a step,
+    so they share a budget. Two whole rounds of the same components, with few calls each, are taken for turns.
     """
-    turn: set[str] = set()
-    for other, calls in list(history)[-1 : -longest - 1 : -1]:
-        if calls > most_calls:
+    past = list(history)
+    for length in range(2, longest + 1):
+        rounds = past[-2 * length :]
+        if len(rounds) < 2 * length:
             return frozenset()
-        if other == name:
-            return frozenset(turn | {name}) if turn else frozenset()
-        turn.add(other)
+        names = [other for other, _ in rounds]
+        if names[0] == name and names[:length] == names[length:] and len(set(names)) == length:
+            return frozenset(names) if all(calls <= most_calls for _, calls in rounds) else frozenset()
     return frozenset()

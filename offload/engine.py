@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,42 +18,13 @@ from torch import nn
 from .backend import Backend
 from .demand import DemandPaging
 from .ledger import Ledger, Reason
-from .plan import Plan, units_to_free
+from .plan import units_to_free
+from .protocols import Plan
 from .stream import Order, Stream, copies_ordered, parts
 from .units import Component, Storage, Unit, aligned
 from .weights import Weights
 
 WATCHED_FORWARDS = 2  # forwards that are watched for stray uses while some streamed units have not run yet
-
-
-class Engine(Protocol):
-    """What a session asks of whatever moves a component's weights. Sizes are device bytes, units are indexes."""
-
-    held_units: set[int]  # units that cannot flow
-
-    @property
-    def loaded(self) -> frozenset[int]: ...
-
-    @property
-    def device_bytes(self) -> int: ...
-
-    def missing_bytes(self, plan: Plan) -> int: ...
-
-    def surplus_bytes(self, plan: Plan) -> int: ...
-
-    def order_of(self, entry: str) -> list[int] | None: ...
-
-    def apply(self, plan: Plan, reason: Reason, *, avoidable: bool = False) -> None: ...
-
-    def evict(self, nbytes: int | None, reason: Reason) -> int: ...
-
-    def forward(self, entry: str) -> contextlib.AbstractContextManager[None]: ...
-
-    def abort(self) -> None: ...
-
-    def disarm(self) -> None: ...
-
-    def detach(self) -> None: ...
 
 
 class StreamEngine:
@@ -85,13 +56,17 @@ class StreamEngine:
         self._on_touch = on_touch
         self._loaded: dict[int, torch.Tensor] = {}  # unit index -> its resident buffer
         self._held: dict[int, torch.Tensor] = {}  # storage index -> its buffer, for this forward
+        self._held_buffers: list[torch.Tensor] = []
         self._hooks: dict[int, list[Any]] = {}
         self._orders: dict[str, Order] = {}
         self._open = False  # a forward is running
         self._implicit: Unit | None = None  # a unit called from outside any entry point: its call is the forward
+        self._implicit_units: set[int] = set()  # it, and the units inside it
+        self._watched_last = False  # the last forward was watched
         self._moving = False  # we are rebinding tensors, which demand paging must not take for a use
         self._owners = {id(ref.tensor): storage for storage in component.storages for ref in storage.refs}
         self._arm_all()
+        self._log_came_down()
 
     # ------------------------------------------------------------------ figures
     @property
@@ -108,6 +83,11 @@ class StreamEngine:
     def device_bytes(self) -> int:
         """Device bytes of resident units, ring and held storages."""
         return self.resident_bytes + self.stream.device_bytes + sum(aligned(b.numel()) for b in self._held.values())
+
+    def take_most_beside(self) -> int:
+        """The most device bytes of weights beside the ring and the residents since this was asked last."""
+        most, self.stream.most_beside = self.stream.most_beside, 0
+        return most
 
     def missing_bytes(self, plan: Plan) -> int:
         """Device bytes that `apply(plan)` would allocate, the ring included."""
@@ -193,16 +173,22 @@ class StreamEngine:
         if not gone:
             return
         with self._ledger.span("evict"):
-            freed = came_down = 0
+            freed = 0
             for index in gone:
                 unit = self.component.units[index]
+                del self._loaded[index]  # first: a unit may be bound and not counted, never counted and not bound
                 for storage in unit.storages:
-                    came_down += self.weights.unbind(storage, keep_foreign=True)
+                    self.weights.unbind(storage, keep_foreign=True)
                 freed += unit.nbytes
-                del self._loaded[index]
         self._ledger.move(self.component.name, "drop", freed, reason, count=len(gone))
-        if came_down:
-            self._ledger.event("state", f"{self.component.name}: kept {came_down} bytes of buffers that it wrote")
+        self._log_came_down()
+
+    def _log_came_down(self) -> None:
+        """Copies from the device: weights that were found there, or that somebody wrote while they were there."""
+        nbytes, self.weights.came_down = self.weights.came_down, 0
+        if nbytes:
+            self._ledger.move(self.component.name, "d2h", nbytes, "external")
+            self._ledger.event("state", f"{self.component.name}: {nbytes} bytes were written on the device, and kept")
 
     # ------------------------------------------------------------------ hooks
     def _arm_all(self) -> None:
@@ -220,17 +206,20 @@ class StreamEngine:
                 self._arm(unit)
 
     def _arm(self, unit: Unit) -> None:
-        self._hooks[unit.index] = [
-            unit.module.register_forward_pre_hook(lambda module, args: self._before(unit)),
-            unit.module.register_forward_hook(lambda module, args, output: self._after(unit)),
-        ]
+        handles = self._hooks[unit.index] = []
+        handles.append(unit.module.register_forward_pre_hook(lambda module, args: self._before(unit)))
+        handles.append(unit.module.register_forward_hook(lambda module, args, output: self._after(unit)))
 
     def _before(self, unit: Unit) -> None:
+        if self._implicit is not None and unit.index not in self._implicit_units:
+            self._recover()  # that call raised, and nothing told us
         if not self._open:
             self._on_touch()
             if unit.index not in self._hooks:
                 return  # the session made the component resident
             self._implicit = unit
+            inside = {id(module) for module in unit.module.modules()}
+            self._implicit_units = {u.index for u in self.component.units if id(u.module) in inside}
             self._open_forward(f"<{unit.name}>", wrap=False)
         self._moving = True
         try:
@@ -254,29 +243,51 @@ class StreamEngine:
     @contextlib.contextmanager
     def forward(self, entry: str) -> Iterator[None]:
         """Run one call of an entry point of the component inside this."""
+        if self._implicit is not None:
+            self._recover()  # a part that was called by itself raised, and nothing told us
         if self._open or not self._armed or len(self._loaded) == len(self.component.units):
             yield  # an entry point that calls another one, or everything is resident
             return
         order = self._open_forward(entry, wrap=self.plan is not None and self.plan.wrap)
         try:
-            with self._watch(order):
+            with self._watch(order), self._guard_gradients():
                 yield
         except BaseException:
             self.abort()
             raise
         self._close_forward()
 
+    def _guard_gradients(self) -> contextlib.AbstractContextManager[Any]:
+        """Autograd may not keep a tensor of a forward that streams: its bytes will be another unit's by then."""
+        if not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _refuse_backward)
+
+    def _recover(self) -> None:
+        """A call of a part, from outside any entry point, raised and left its unit up."""
+        self.abort()
+        self.stream.resize(self.plan.ring_bytes if self.plan is not None else 0)
+
+    def watch(self) -> bool:
+        """Watch the next forwards for tensors that are used outside their module; False where that is done already."""
+        if self._watched_last:
+            return False
+        for order in self._orders.values():
+            order.known, order.forwards = None, 0
+        return True
+
     def _watch(self, order: Order) -> contextlib.AbstractContextManager[Any]:
+        self._watched_last = False
         if order.known is not None and not order.deviated:
             flowing = self._hooks.keys() - self.held_units
             if order.forwards >= WATCHED_FORWARDS or flowing <= set(order.known):
                 return contextlib.nullcontext()
+        self._watched_last = True
         return DemandPaging(self.demand)
 
     def _open_forward(self, entry: str, wrap: bool) -> Order:
         if self.stream.busy or self._held:
-            self.abort()  # a direct call of a submodule raised, and left its unit up
-            self.stream.resize(self.plan.ring_bytes if self.plan is not None else 0)
+            self._recover()
         order = self._orders.setdefault(entry, Order())
         everything = frozenset(unit.index for unit in self.component.units)
         self.stream.open(order, wrap, everything - self._loaded.keys() - self.held_units)
@@ -298,8 +309,12 @@ class StreamEngine:
         for index in self._held:
             self.weights.unbind(self.component.storages[index])
         self._held.clear()
+        for buffer in self._held_buffers:
+            self.stream.gone_aside(buffer)
+        self._held_buffers.clear()
         self._open = self._moving = False
         self._implicit = None
+        self._log_came_down()
 
     def abort(self) -> None:
         """After an exception: no ring, nothing held, no forward open. Resident units stay."""
@@ -315,6 +330,7 @@ class StreamEngine:
             for storage in missing:
                 self._held[storage.index] = buffer[start : start + storage.nbytes]
                 start += aligned(storage.nbytes)
+            self._held_buffers.append(buffer)
 
     def demand(self, tensor: torch.Tensor) -> None:
         """`tensor` is about to be used: if it is a weight that is not on the device, hold its unit from now on."""
@@ -345,6 +361,14 @@ class StreamEngine:
         self.evict(None, "policy")
         self.disarm()
         self.weights.restore()
+        self._log_came_down()
+
+
+def _refuse_backward(packed: None) -> Any:
+    raise RuntimeError(
+        "backward through a component whose weights stream: they are not on the device any more. Choose mode `model` "
+        "or `none`, or let more of it stay (`high`), so that the component is resident."
+    )
 
 
 def hooks_on(module: nn.Module) -> int:

@@ -11,11 +11,12 @@ from torch import nn
 
 from .activation import Signature
 from .backend import Backend
-from .engine import Engine, StreamEngine
+from .engine import StreamEngine
 from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
 from .plan import StagePlan
 from .policy import ComponentInfo, Role
+from .protocols import Engine
 from .units import Component, ComponentError, build_component
 from .weights import Pinner, Weights
 
@@ -50,6 +51,7 @@ class Managed:
         self.plan: StagePlan | None = None
         self.placed = False  # the plan is on the device, and nothing was evicted from it since
         self.reserved = 0  # activation bytes kept free in the current placement
+        self.lead: Signature | None = None  # the signature that asked for this placement
         self.accepted: set[Signature] = set()  # signatures that this placement has room for
         self.calls = 0  # calls in the current stage
         self.running = 0  # depth of calls in progress
@@ -69,19 +71,23 @@ class Managed:
     @property
     def info(self) -> ComponentInfo:
         """What the policy needs to know of it."""
-        return ComponentInfo(self.name, type(self.module).__name__, self.role, self.component.weight_bytes)
+        # what the weights take on the device, as the fit rule has to hold there
+        return ComponentInfo(self.name, type(self.module).__name__, self.role, self.component.device_bytes)
 
     def category(self, entry: str) -> Category:
         """What its time counts as in the report."""
         if self.role == "vae":
             return "encode" if entry.endswith("encode") else "decode"
-        return "encode" if self.role == "text_encoder" else "denoise"
+        if self.role == "text_encoder" or (self.role == "other" and "encoder" in self.name):
+            return "encode"
+        return "other" if self.role == "other" else "denoise"
 
     def shadow(self, call: Call, on_apply: Call) -> None:
-        """Take calls of the entry points, and conversions (`.to`, `.half`) of the whole module."""
+        """Take calls of the entry points, and what rewrites all weights: `.to`, `.half`, `load_state_dict`."""
         if not self.entries.attached:
             self.entries.attach(call)
             self.entries.shadow("_apply", on_apply)
+            self.entries.shadow("load_state_dict", on_apply)
 
     def unplace(self) -> None:
         """The device no longer holds what the plan says, or the plan may no longer hold."""

@@ -13,7 +13,7 @@ import torch
 from .backend import Backend
 from .ledger import Ledger
 from .managed import Managed
-from .plan import stream_plan
+from .plan import sequential_plan, stream_plan
 from .policy import ResolvedPolicy
 from .sizes import format_size
 from .stages import always_resident
@@ -68,13 +68,20 @@ class StepDown:
     def _shrink(self, managed: Managed) -> str | None:
         if managed.name in self._policy().never:
             return None
-        now = self._backend.memory()
         # half of what it held; where not even the loading went through, half of what there is
-        held = managed.engine.device_bytes if managed.engine.loaded else now.free + now.reclaimable
+        held = managed.engine.device_bytes if managed.engine.loaded else self._room(managed)
         return self._limit(managed, held // 2)
 
+    def _room(self, managed: Managed) -> int:
+        now = self._backend.memory()
+        return now.free + now.reclaimable + managed.engine.device_bytes
+
     def _limit(self, managed: Managed, nbytes: int) -> str:
-        plan = stream_plan(managed.component, nbytes, managed.engine.held_units, self._policy().prefetch)
+        held, prefetch = managed.engine.held_units, self._policy().prefetch
+        if "sequential" in managed.rungs:
+            plan = sequential_plan(managed.component, held, prefetch, nbytes)
+        else:
+            plan = stream_plan(managed.component, nbytes, held, prefetch)
         managed.limit = nbytes
         managed.engine.apply(plan, "oom")
         return plan.sentence
@@ -85,7 +92,10 @@ class StepDown:
         return "its VAE works in tiles from here on" if self.tile(managed.name) else None
 
     def _sequential(self, managed: Managed) -> str | None:
-        return None if managed.name in self._policy().never else self._limit(managed, 0)
+        if managed.name in self._policy().never:
+            return None
+        # a ring that leaves half of the room to the activations, or none at all
+        return self._limit(managed, self._room(managed) // 2)
 
     def figures(self, managed: Managed, failure: str) -> str:
         """The error's text: what was tried, what is there, what to change."""

@@ -10,42 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from .sizes import format_size
 from .units import Component, Unit
 
 MOST_GIANTS = 3  # units that are tried as residents for the sake of a smaller ring
 LOOKAHEAD_UNITS = 3  # ring size in largest streamed units: one in use, one arriving, one more to ride out the wrap
-
-
-class Plan(Protocol):
-    """What an engine executes for one component."""
-
-    @property
-    def resident(self) -> frozenset[int]:
-        """Indexes of the units that stay on the device during the stage."""
-        ...
-
-    @property
-    def ring_bytes(self) -> int:
-        """Device bytes for streamed units; 0 when nothing streams."""
-        ...
-
-    @property
-    def wrap(self) -> bool:
-        """Whether the lookahead runs across the end of a forward into the next."""
-        ...
-
-    @property
-    def device_bytes(self) -> int:
-        """Resident bytes plus ring."""
-        ...
-
-    @property
-    def sentence(self) -> str:
-        """The plan in words."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Session:
         self.components: dict[str, Managed] = {}
         self.record: RunRecord | None = None
         self.auto_runs = False  # a call outside any run opens one; whoever sets this closes it
-        self.stages = Stages(self.backend, self.ledger, self.components, self._resolve)
+        self.stages = Stages(self.backend, self.ledger, self.components, lambda: self._resolve(warn=True))
         self.step_down = StepDown(self.backend, self.ledger, self.components, lambda: self.resolved)
         self._policy = policy or OffloadPolicy()
         self._copy_stream = self.backend.new_stream()
@@ -100,7 +100,9 @@ class Session:
     def remove(self, name: str) -> None:
         """Give a component back, as it was."""
         self.stages.leave()
-        self.components.pop(name).release()
+        self.components[name].release()
+        del self.components[name]  # after it: a release that was interrupted can be repeated
+        self.stages.forget(name)
 
     def refresh(self, name: str) -> None:
         """Take the weights of a component as they are now: something was added to them, or took their place."""
@@ -142,7 +144,10 @@ class Session:
     def free(self, nbytes: int | None = None) -> int:
         """Give at least `nbytes` of device memory back (everything where None); the bytes that came free."""
         self._absorb()
-        return self.stages.free(nbytes)
+        freed = self.stages.free(nbytes)
+        if always_resident(self.resolved) and freed:
+            self._shadow_all()  # in mode none nothing else would bring the weights back
+        return freed
 
     # ------------------------------------------------------------------ policy
     @property
@@ -166,14 +171,14 @@ class Session:
         peak, source = self.stages.peaks.largest()
         return WorkingSet(tuple(m.info for m in self.components.values()), peak, source)
 
-    def _resolve(self) -> ResolvedPolicy:
+    def _resolve(self, warn: bool = False) -> ResolvedPolicy:
         now = self.backend.memory()
         self.machine = dataclasses.replace(self.machine, vram_total=now.total, vram_free=now.free, others=now.others)
         with warnings.catch_warnings():
-            if self._warned:  # once per policy is enough
+            if not warn or self._warned:  # once per policy, and when all components are there
                 warnings.simplefilter("ignore")
             self.resolved = self._policy.resolve(self.machine, self._working_set())
-        self._warned = self._warned or bool(self.components)
+        self._warned = self._warned or warn
         return self.resolved
 
     def _settle(self) -> None:
@@ -249,7 +254,8 @@ class Session:
         if implicit:
             self.open_run()
         sig = signature(entry, args, kwargs)
-        restore_rng = self.backend.rng_state()
+        restore_rng = _random_state(self.backend, args, kwargs)
+        watched = False
         managed.running += 1
         try:
             while True:
@@ -257,13 +263,16 @@ class Session:
                     self.stages.enter(managed, entry, sig)
                     return self._forward(managed, entry, method, args, kwargs)
                 except RuntimeError as error:
-                    if not is_out_of_memory(error):
+                    stray = not watched and _OTHER_DEVICE in str(error) and managed.engine.watch()
+                    if not stray and not is_out_of_memory(error):
                         raise
                     failure = str(error)
                 # outside the except block: the traceback, and the activations that it kept alive, are gone
                 self.stages.abandon(managed)
                 managed.retrying = True
-                if not self.step_down.take(managed):
+                if stray:  # a weight was used outside its module, for the first time: find out which
+                    watched = True
+                elif not self.step_down.take(managed):
                     raise torch.OutOfMemoryError(self.step_down.figures(managed, failure))
                 restore_rng()
         except BaseException as error:
@@ -274,6 +283,8 @@ class Session:
         finally:
             managed.retrying = False
             managed.running -= 1
+            if always_resident(self.resolved) and not self.ledger.active:
+                managed.entries.detach()  # it was only there to bring the weights back
 
     def _forward(
         self, managed: Managed, entry: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -306,3 +317,23 @@ class Session:
             return method(*args, **kwargs)
         finally:
             self._renew(managed)
+
+
+_OTHER_DEVICE = "Expected all tensors to be on the same device"
+
+
+def _random_state(backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+    """Capture the default generators and those that are passed in; the result puts them back, to repeat a call."""
+    restore = backend.rng_state()
+    found: list[torch.Generator] = []
+    for value in (*args, *kwargs.values()):
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        found += [item for item in values if isinstance(item, torch.Generator)]
+    states = [generator.get_state() for generator in found]
+
+    def put_back() -> None:
+        restore()
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
+
+    return put_back

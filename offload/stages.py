@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable
 
 from . import arbiter
-from .activation import ActivationPeaks, Signature
+from .activation import GRADIENT, ActivationPeaks, Signature
 from .backend import Backend, DeviceMemory
 from .ledger import Ledger
 from .managed import STICKY_SHARE, Managed
-from .plan import StagePlan, stream_plan
+from .plan import StagePlan, full_plan, sequential_plan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
 
 GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
@@ -45,7 +45,8 @@ class Stages:
         self._active: Managed | None = None
         self._turn: frozenset[str] = frozenset()
         self._history: deque[tuple[str, int]] = deque(maxlen=HISTORY)
-        self._known_turns: list[frozenset[str]] = []  # seen in this run or an earlier one
+        self._known_turns: list[frozenset[str]] = []  # seen in this run or the one before
+        self._used: set[str] = set()  # components that ran in this run
         self._first_use: list[str] = []
         self._base = 0
         self._last_gc = 0.0
@@ -75,9 +76,12 @@ class Stages:
         if active is None:
             return
         peak = self.note_peak()
-        if active.placed and active.calls:
-            for sig in active.accepted:
-                self.peaks.learn(active.name, sig, max(0, peak - self._base))
+        beside = active.engine.take_most_beside()  # weights too, though not the plan's residents
+        self.note(active, beside)
+        if active.placed and active.calls and active.lead is not None:
+            grown = max(0, peak - self._base - beside)
+            weights = sum(m.engine.device_bytes for m in self._components.values())
+            self.peaks.learn(active.name, active.lead, grown, max(grown, peak - weights - beside))
         self._history.append((active.name, active.calls))
         self._ledger.stage_end(peak)
 
@@ -89,10 +93,19 @@ class Stages:
         self._turn = frozenset()
         self.note_peak()
 
+    def forget(self, name: str) -> None:
+        """A component went: nothing of it counts any more."""
+        self.peaks.forget(name)
+        self._known_turns = [turn for turn in self._known_turns if name not in turn]
+        if name in self._first_use:
+            self._first_use.remove(name)
+
     def begin_run(self) -> None:
-        """A new run: peaks start again, and turns are not carried over."""
+        """A new run: peaks start again; turns that the last run did not take are not expected in this one."""
         self.leave()
         self._history.clear()
+        self._known_turns = [turn for turn in self._known_turns if turn <= self._used]
+        self._used.clear()
         self.peak_allocated = self.resident_peak = self.high_crossings = 0
         self._backend.reset_peak()
         if self._policy is not None:
@@ -104,6 +117,7 @@ class Stages:
             managed.rungs.clear()
             managed.limit = None
         self.leave()
+        self._used.add(managed.name)
         if managed.name not in self._first_use:
             self._first_use.append(managed.name)
         policy = self._policy = self._resolve()
@@ -117,11 +131,14 @@ class Stages:
         have = self._have(now)
         if always_resident(policy):
             self._ledger.stage_begin(managed.category(entry), managed.name, need=activations, have=have)
+            if self._backend.device.type != "cpu":  # a host may have asked for its memory
+                managed.engine.apply(full_plan(managed.component), "external")
         else:
             self._turn = self._takes_turns(managed)
-            plan = self._plan(managed, entry, activations, decoding)
-            need = managed.engine.missing_bytes(plan) + activations
-            self._ledger.stage_begin(managed.category(entry), managed.name, need=need, have=have)
+            plan = self._plan(managed, entry, activations, decoding, whole=GRADIENT in sig)
+            need = managed.engine.missing_bytes(plan) + plan.held_bytes + activations
+            running = "+".join(sorted(self._turn)) or managed.name
+            self._ledger.stage_begin(managed.category(entry), running, need=need, have=have)
             gone = arbiter.at_stage_change(
                 policy, self._evictable(managed), decoding=decoding, used=now.total - now.free
             )
@@ -134,18 +151,28 @@ class Stages:
             managed.evicted_for = None
         managed.placed = True
         managed.reserved = activations
+        managed.lead = sig
         managed.accepted = {sig}
         managed.calls = 0
         self._active = managed
         self.note()
+        managed.engine.take_most_beside()
         self._backend.reset_peak()
         self._base = self._backend.memory().allocated
+
+    def _slack(self, total: int) -> int:
+        """Room beyond the figures. A run that fits by the fit rule fits here: one inequality, not two."""
+        assert self._policy is not None
+        return 0 if self._policy.fits and self._policy.fit_aware else arbiter.slack(total)
 
     def _have(self, now: DeviceMemory) -> int:
         assert self._policy is not None
         return now.free + now.reclaimable - self._policy.reserve
 
-    def _plan(self, managed: Managed, entry: str, activations: int, decoding: bool) -> StagePlan:
+    def _plan(
+        self, managed: Managed, entry: str, activations: int, decoding: bool, *, whole: bool = False
+    ) -> StagePlan:
+        """The plan of a component for its stage; `whole`: a gradient will be asked for, so nothing should stream."""
         policy = self._policy
         assert policy is not None
         now = self._backend.memory()
@@ -154,13 +181,17 @@ class Stages:
         evictable = 0 if keep else sum(o.nbytes for o in self._evictable(managed) if o.name not in self._turn)
         activations = max([activations, *(p.reserved for p in partners)])
         own = sum(m.engine.device_bytes for m in (managed, *partners))
-        room = self._have(now) + own + evictable - activations - arbiter.slack(now.total)
+        room = self._have(now) + own + evictable - activations - self._slack(now.total)
         if partners:
             wishes = {m.name: m.component.device_bytes for m in (managed, *partners)}
             room = arbiter.shares(wishes, room)[managed.name]
         held = frozenset(managed.engine.held_units)
+        if whole and managed.limit is None and managed.component.device_bytes <= room:
+            return full_plan(managed.component)
         if managed.limit is not None:  # stepped down after running out of memory: whatever the mode says
             room = min(room, managed.limit)
+            if "sequential" in managed.rungs:
+                return sequential_plan(managed.component, held, policy.prefetch, room)
             return stream_plan(managed.component, room, held, policy.prefetch, managed.engine.order_of(entry))
         if managed.plan is not None and self._still_good(managed, managed.plan, room):
             return managed.plan
@@ -184,6 +215,8 @@ class Stages:
         assert policy is not None
         for name in self._turn - {managed.name}:
             partner = self._components[name]
+            if partner.running:
+                continue
             share = self._plan(partner, "forward", partner.reserved, False)
             excess = partner.engine.device_bytes - share.device_bytes
             if excess > 0:
@@ -192,7 +225,8 @@ class Stages:
             partner.plan = share
         now = self._backend.memory()
         have = self._have(now) + managed.engine.surplus_bytes(plan)
-        missing = managed.engine.missing_bytes(plan) + activations + arbiter.slack(now.total) - have
+        wanted = managed.engine.missing_bytes(plan) + plan.held_bytes + activations
+        missing = wanted + self._slack(now.total) - have
         if missing > 0 and not (decoding and policy.before_decode == "keep"):
             self.evict(arbiter.for_need([o for o in self._evictable(managed) if o.name not in self._turn], missing))
 
@@ -216,6 +250,8 @@ class Stages:
         if self._policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE):
             return frozenset()
         turn = arbiter.in_turns(self._history, managed.name)
+        if any(name in self._components and self._components[name].role in ("vae", "text_encoder") for name in turn):
+            turn = frozenset()  # they frame the steps; what they alternate with is another run's, not another step's
         if turn:
             self._known_turns = [t for t in self._known_turns if managed.name not in t] + [turn]
         known = next((t for t in self._known_turns if managed.name in t), frozenset())
@@ -261,9 +297,14 @@ class Stages:
         self.peak_allocated = max(self.peak_allocated, peak)
         return peak
 
-    def note(self) -> None:
-        """Weights on the device have changed: keep the peaks, and count a component over the high mark."""
+    def note(self, running: Managed | None = None, beside: int = 0) -> None:
+        """Weights on the device have changed: keep the peaks, and count a component over the high mark.
+
+        `beside` is what the running component held beyond its plan, device bytes.
+        """
         sizes = {name: m.engine.device_bytes for name, m in self._components.items()}
+        if running is not None:
+            sizes[running.name] = running.engine.device_bytes + beside
         self.resident_peak = max(self.resident_peak, sum(sizes.values()))
         policy = self._policy
         if policy is not None and policy.high is not None:

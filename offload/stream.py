@@ -83,6 +83,8 @@ class Stream:
         self._compute: Any = None
         self._inflight: deque[InFlight] = deque()
         self._live: dict[int, Slot | torch.Tensor] = {}  # bound units: in the ring, or in a buffer beside it
+        self._beside = 0  # bytes of such buffers now
+        self.most_beside = 0  # and the most of them at once, until somebody resets it
 
     @property
     def device_bytes(self) -> int:
@@ -145,6 +147,7 @@ class Stream:
             for storage in self.component.units[index].storages:
                 self._weights.unbind(storage)
         self._inflight.clear()
+        self._beside = 0
         self.drop()
         self._order = None
 
@@ -188,6 +191,8 @@ class Stream:
         """Bring `storages` up in a buffer of their own and bind them; the compute stream waits for the copy."""
         with torch.inference_mode(False), torch.no_grad():
             buffer = self._backend.empty(nbytes)
+        self._beside += nbytes
+        self.most_beside = max(self.most_beside, self._beside)
         # queued kernels may still read bytes that the allocator hands out again
         with self._ledger.wait("stall"), copies_ordered(self._backend, self._copy_stream):
             start = self._backend.record(self._copy_stream, timed=True)
@@ -203,6 +208,10 @@ class Stream:
             offset += aligned(storage.nbytes)
         self._log(storages, start, end, overlapped=False)
         return buffer
+
+    def gone_aside(self, buffer: torch.Tensor) -> None:
+        """A buffer that `copy_aside` made is not used any more."""
+        self._beside -= buffer.numel()
 
     # ------------------------------------------------------------------ inside
     def _pump(self) -> None:
@@ -252,7 +261,9 @@ class Stream:
         slot = self._live.pop(unit.index)
         for storage in unit.storages:
             self._weights.unbind(storage)
-        if isinstance(slot, Slot) and self.ring is not None:
+        if not isinstance(slot, Slot):
+            self.gone_aside(slot)
+        elif self.ring is not None:
             self.ring.release(slot, self._backend.record(self._compute))
 
     def _discard(self, flying: InFlight) -> None:

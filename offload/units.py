@@ -17,6 +17,8 @@ from torch import nn
 # torch's fused encoder layer looks for hooks below it, and computes otherwise where it finds one: other bits.
 HOOKS_CHANGE_RESULTS: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer,)
 
+_KEEPS_STATISTICS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
+
 # Slots and resident buffers start every storage on this boundary, as the device allocators do, so that a kernel
 # sees the same alignment wherever the weight lies: some kernels choose their code path, and so their bits, by it.
 ALIGNMENT = 512
@@ -43,6 +45,12 @@ class TensorRef:
     stride: tuple[int, ...]
     offset: int  # elements from the start of the storage
     is_buffer: bool
+    owner: nn.Module
+
+    @property
+    def unseen_writes(self) -> bool:
+        """Whether torch writes it without counting: running statistics of a norm layer that trains."""
+        return self.is_buffer and self.owner.training and isinstance(self.owner, _KEEPS_STATISTICS)
 
 
 @dataclass(eq=False)
@@ -177,6 +185,7 @@ def build_component(name: str, module: nn.Module, role: str = "other") -> Compon
                         tensor.stride(),
                         int(tensor.storage_offset()),
                         is_buffer,
+                        child,
                     )
                 )
         if touched:

@@ -9,6 +9,7 @@ order, and stay pageable beyond it. Slabs are powers of two, the sizes that torc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -96,6 +97,7 @@ class Weights:
         self._versions: dict[int, int] = {}
         self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
         self._originals: list[torch.device] = []
+        self.came_down = 0  # bytes copied down so far: weights found on the device, or written there
         self._one_memory = backend.shared_memory and backend.device.type != "cpu"
         self.masters: list[torch.Tensor] = []
         self._adopt()
@@ -106,7 +108,10 @@ class Weights:
         for storage in self.component.storages:
             raw = _raw(storage.refs[0].tensor)
             self._originals.append(self._origins.get(storage.refs[0].name, raw.device))
-            self.masters.append(raw if raw.device.type == "cpu" else raw.to("cpu"))
+            if raw.device.type != "cpu":
+                self.came_down += raw.numel()
+                raw = raw.to("cpu")
+            self.masters.append(raw)
         for storage in self.component.storages:
             self._point_at_master(storage)
         self._pin()
@@ -167,32 +172,28 @@ class Weights:
         """Point the tensors of `storage` at `raw`, a device uint8 tensor of its size."""
         for ref in storage.refs:
             ref.tensor.data = self._view(raw, ref)
-            if ref.is_buffer:
-                self._versions[id(ref)] = _version(ref.tensor)
+            self._versions[id(ref)] = _version(ref.tensor)
         self._bound[storage.index] = raw
         if self._one_memory:
             self.masters[storage.index] = raw[:0]  # a second copy in the same memory would only take room
 
-    def unbind(self, storage: Storage, *, keep_foreign: bool = False) -> int:
+    def unbind(self, storage: Storage, *, keep_foreign: bool = False) -> None:
         """Point the tensors back at the master.
 
         `keep_foreign`: a tensor that something else has replaced since it was bound is left to it.
-        Returns the bytes that had to come down: 0 unless the model wrote into a buffer of its own while it ran
-        (a counter, a running statistic); such a buffer is state, not a weight, and would be lost otherwise.
+        A storage that was written while it was bound (a counter, a running statistic, weights edited in place)
+        comes down first, since the edit would be lost otherwise; `came_down` counts its bytes.
         """
         foreign = keep_foreign and self._changed(storage) is not None
         raw = self._bound.pop(storage.index, None)
         if raw is None or foreign:
-            return 0
+            return
         if self._one_memory:
             self.masters[storage.index] = raw.to("cpu")
-        came_down = 0
-        for ref in storage.refs:
-            if ref.is_buffer and _version(ref.tensor) != self._versions.pop(id(ref), -1):
-                self._view(self.masters[storage.index], ref).copy_(ref.tensor)
-                came_down += storage.nbytes
+        elif any(ref.unseen_writes or _version(ref.tensor) != self._versions[id(ref)] for ref in storage.refs):
+            self.masters[storage.index].copy_(raw[: storage.nbytes])
+            self.came_down += storage.nbytes
         self._point_at_master(storage)
-        return came_down
 
     def bound(self, storage: Storage) -> torch.Tensor | None:
         """The device buffer that `storage` is bound to, or None while its tensors are at the master."""
@@ -246,19 +247,31 @@ class Weights:
     def restore(self) -> None:
         """Give every storage memory of its own again, on the device it came from, and forget the masters.
 
-        A storage that something else has replaced meanwhile is left to it.
+        A storage that something else has replaced meanwhile is left to it. Where the device has no room left for
+        what came from it, all of that stays in system memory, with a warning.
         """
         with torch.inference_mode(False):
-            for storage in self.component.storages:
-                if self._changed(storage) is not None:
-                    continue
+            mine = [s for s in self.component.storages if self._changed(s) is None]
+            for storage in mine:
                 self.unbind(storage)
-                home = self._originals[storage.index]
-                master = self.masters[storage.index]
-                if home.type != "cpu":
-                    self.masters[storage.index] = master.to(home)
+            up: dict[int, torch.Tensor] = {}
+            try:
+                for storage in mine:
+                    home = self._originals[storage.index]
+                    if home.type != "cpu":
+                        up[storage.index] = self.masters[storage.index].to(home)
+            except torch.OutOfMemoryError:
+                up = {}
+                warnings.warn(
+                    f"{self.component.name}: the device has no room to take its weights back; they are in system "
+                    "memory now. Free some and call `.to(device)` on it.",
+                    stacklevel=2,
+                )
+            for storage in mine:
+                if storage.index in up:
+                    self.masters[storage.index] = up[storage.index]
                 elif storage.index in self._in_slab:
-                    self.masters[storage.index] = master.clone()
+                    self.masters[storage.index] = self.masters[storage.index].clone()
                 self._point_at_master(storage)
         self.abandon()
 

@@ -93,7 +93,8 @@ def sim(vram: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType
     vram.configure(**options)
     _clean(vram)
     assert races == 0, f"{races} races, the last: {last}"
-    assert left == 0, f"{left} device bytes are still allocated after the test"
+    # fewer than before: what an earlier test's traceback held is gone by now
+    assert left <= 0, f"{left} device bytes are still allocated after the test"
     assert on_default, "the test left another stream than the default one as the current one"
 
 

@@ -34,7 +34,18 @@ __all__ = ["ModelFileError", "OffloadedPipeline", "UnfinishedRunError", "load_pi
 _ABSENT = object()
 _MARK = "_balanced_offload"
 # Calls of the pipeline that take every `_hf_hook` off, or change what a model consists of.
-_CHANGES = ("remove_all_hooks", "load_textual_inversion", "load_lora_weights", "load_ip_adapter", "unload_ip_adapter")
+_CHANGES = (
+    "remove_all_hooks",
+    "load_textual_inversion",
+    "load_ip_adapter",
+    "unload_ip_adapter",
+    "load_lora_weights",
+    "unload_lora_weights",
+    "fuse_lora",
+    "unfuse_lora",
+    "set_adapters",
+    "delete_adapters",
+)
 
 
 class UnfinishedRunError(RuntimeError):
@@ -243,6 +254,10 @@ class OffloadedPipeline:
     @property
     def _neutral(self) -> bool:
         return not self._shared.tiling.active
+
+    def _to_masters(self) -> None:
+        """Weights are about to be edited: let the edit reach the masters, which stay, and not copies that go."""
+        self.session.free()
 
     def _refresh(self) -> None:
         """Find what changed behind our back: a hook taken off, adapters put into a model."""

@@ -83,11 +83,11 @@ def load(name: str = "vram") -> ModuleType:
                 f"already loaded as {_loaded_name!r}, so it cannot become {name!r}: torch allows one name per process"
             )
         return _loaded
-    if not name.isidentifier() or hasattr(torch, name):
-        raise SimulatorUnavailable(f"{name!r} cannot name the device: it must be an identifier that torch does not use")
     possible, reason = available()
     if not possible:
         raise SimulatorUnavailable(reason)
+    if not name.isidentifier() or hasattr(torch, name):
+        raise SimulatorUnavailable(f"{name!r} cannot name the device: it must be an identifier that torch does not use")
     try:
         library = build_library()
     except BuildError as error:

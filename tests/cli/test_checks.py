@@ -122,11 +122,11 @@ def break_equality(patch: pytest.MonkeyPatch) -> str:
 def break_eviction(patch: pytest.MonkeyPatch) -> str:
     unbind = Weights.unbind
 
-    def copying(self, storage):
+    def copying(self, storage, **options):
         bound = self.bound(storage)
         if bound is not None:
             bound.cpu()
-        return unbind(self, storage)
+        return unbind(self, storage, **options)
 
     patch.setattr(Weights, "unbind", copying)
     return "copied back to the host, by the copy log"
