@@ -146,7 +146,6 @@ def test_counters_that_the_model_writes_survive(sim: ModuleType, mode: str) -> N
     assert torch.equal(net.tally.sum, twin.tally.sum)
 
 
-@pytest.mark.xfail(strict=True, reason="batch norm's kernel writes its statistics without torch counting it as a write")
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_that_a_kernel_writes_survive(sim: ModuleType, mode: str) -> None:
     net = build(Statistics)
@@ -173,17 +172,7 @@ def test_buffers_that_the_model_replaces_survive(sim: ModuleType, mode: str) -> 
 
 
 @pytest.mark.parametrize("make", [LateWeight, TurnsToWeight])
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(
-            mode, marks=pytest.mark.xfail(strict=True, reason="stray uses are watched for in two forwards only")
-        )
-        if mode in ("balanced", "sequential")
-        else mode
-        for mode in MODES
-    ],
-)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_weight_used_past_its_module_late(sim: ModuleType, mode: str, make: Callable[[], nn.Module]) -> None:
     net = build(make)
     expected = results(clone(net), tokens, 8, "cpu")
@@ -431,9 +420,6 @@ def test_a_written_buffer_is_all_that_comes_down(sim: ModuleType, mode: str) -> 
             assert copied(sim, use)["d2h_bytes"] == 4 + 64 * 4
 
 
-@pytest.mark.xfail(
-    strict=True, reason="free() takes the weights, but mode none has no entry point that brings them back"
-)
 def test_mode_none_runs_after_its_memory_was_asked_for(sim: ModuleType) -> None:
     net = build(NETS["functional"][0])
     expected = clone(net)(tokens())

@@ -182,13 +182,7 @@ def test_an_sdxl_sized_set_on_12_gib_moves_nothing_after_the_first(sim: ModuleTy
 
 @pytest.mark.parametrize(
     "spare",
-    [
-        pytest.param(
-            16 * 1024,
-            marks=pytest.mark.xfail(strict=True, reason="slack() is asked for on top of what the fit rule counts"),
-        ),
-        64 * 1024,
-    ],
+    [16 * 1024, 64 * 1024],
 )
 @pytest.mark.parametrize("mode", ["auto", "balanced"])
 def test_what_just_fits_stays(sim: ModuleType, mode: str, spare: int) -> None:
@@ -396,9 +390,6 @@ def test_a_shared_weight_counts_what_it_weighs(sim: ModuleType) -> None:
         assert session.add("second", second).component.weight_bytes == size
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lists are matched at the first add, when the other components are not there yet"
-)
 def test_list_entries_are_judged_when_all_components_are_known(sim: ModuleType, toys: Toys) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -420,7 +411,8 @@ def test_peaks_are_learned_by_shape(sim: ModuleType) -> None:
         peaks = session.stages.peaks.learned
         found = [n for (name, _), n in peaks.items() if name == "vae"]
         assert len(found) == 1 and 6 * MIB <= found[0] <= 6 * MIB + 64 * 1024
-        assert session.stages.peaks.largest() == (found[0], "learned")
+        fit, source = session.stages.peaks.largest()  # what was there before the stage counts too
+        assert source == "learned" and found[0] <= fit <= found[0] + 64 * 1024
         with torch.no_grad():
             toys.parts["vae"].decode(torch.zeros(2, 8, 128, device=DEVICE))
         session.stages.leave()

@@ -84,7 +84,7 @@ def test_it_runs_under_the_cap(sim: ModuleType, pipes: dict[str, Any], name: str
         for run in range(2):
             record = draw(handle, name)
             assert record.complete
-            peak = max(stage.peak for stage in record.stages)
+            peak = max(stage.peak for stage in record.stages if stage.peak is not None)  # None: it ran out
             assert 0 < peak <= cap * GIB and session.stages.peak_allocated <= cap * GIB
             assert session.stages.high_crossings == 0
             assert record.bytes_d2h == 0
@@ -103,8 +103,7 @@ def test_it_runs_under_the_cap(sim: ModuleType, pipes: dict[str, Any], name: str
         if mode == "balanced" and session.resolved.high is not None and not session.resolved.fits:
             denoiser = session.components["unet" if name == "sdxl" else "transformer"].component.weight_bytes
             if denoiser > session.resolved.high:
-                most = max(stage.peak for stage in record.stages)
-                assert most >= 0.85 * min(session.resolved.high, denoiser), "most of what it may use lies idle"
+                assert peak >= 0.85 * min(session.resolved.high, denoiser), "most of what it may use lies idle"
     finally:
         handle.detach()
         pipe.scheduler.__dict__.clear()
