@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from balanced_offload.offload.backend import open_backend
 from balanced_offload.offload.ring import Ring, Slot
 from balanced_offload.offload.units import ALIGNMENT, aligned
 
@@ -177,19 +175,12 @@ def test_given_back_out_of_order_waits_for_the_later_of_both(clock: Clock) -> No
     assert ring.reusable_after == late
 
 
-def test_the_first_copy_waits_for_whoever_had_the_bytes_before(sim: ModuleType) -> None:
-    """The allocator may hand out bytes that queued kernels still read; a copy into the ring must come behind them."""
-    backend = open_backend("vram")
-    copies = backend.new_stream()
-    source = torch.zeros(1 << 20, dtype=torch.uint8).pin_memory()
-    for _ in range(3):
-        hog = torch.randn(512, 512, device="vram")
-        for _ in range(4):
-            hog = hog @ hog * 0.01
-        del hog
-        ring = Ring(backend, 1 << 20)
-        with backend.on_stream(copies):
-            copies.wait_event(ring.reusable_after)
-            ring.buffer.copy_(source, non_blocking=True)
-        backend.current_stream().wait_event(backend.record(copies))
-        assert ring.buffer.sum().item() == 0
+def test_the_first_copy_waits_for_whoever_had_the_bytes_before(clock: Clock) -> None:
+    """The allocator may hand out bytes that queued kernels still read; a copy into the ring must come behind them.
+
+    Told by the event alone: the simulator looks for races within a storage, not between two that lie in one place.
+    """
+    queued = [clock.record("compute") for _ in range(5)][-1]
+    ring = ring_of(clock, 2)
+    assert ring.reserve(ALIGNMENT) is not None
+    assert ring.reusable_after > queued
