@@ -466,3 +466,37 @@ def test_components_come_and_go(sim: ModuleType, toys: Toys) -> None:
             assert {p.device.type for p in toys.parts["unet"].parameters()} == {"cpu"}
             session.add("unet", toys.parts["unet"], role="denoiser")
     assert device_bytes(sim) == 0
+
+
+def test_a_budget_that_wobbles_shuffles_nothing(sim: ModuleType) -> None:
+    """Other programs take a little and give it back: the resident set stays, and only what streams is moved."""
+    sim.set_memory_cap(4 * MIB)
+    net = build(lambda: Chain(96, 128))
+    whole = 96 * (128 * 128 * 4 + 512)
+    with Session(OffloadPolicy(mode="balanced", headroom=0, high="100%"), device=DEVICE) as session, torch.no_grad():
+        unet = session.add("unet", net)
+        x = torch.randn(1, 8, 128).to(DEVICE)
+
+        def generation() -> int:
+            before = session.ledger.total_bytes_h2d
+            with session.run():
+                net(x)
+                net(x)
+            return session.ledger.total_bytes_h2d - before
+
+        sim.set_others(64 * 1024)
+        for _ in range(3):
+            generation()
+        assert unet.plan is not None and unet.plan.streams
+        resident = unet.plan.resident
+        normal = generation()
+        assert 0 < normal <= 3 * unet.plan.streamed_bytes
+        for other in (0, 32, 64, 16, 64, 0):  # at most 1 % of the component, and never less room than at first
+            sim.set_others(other * 1024)
+            assert generation() == normal, other
+            assert unet.plan.resident == resident
+        sim.set_others(0)
+        sim.set_memory_cap(5 * MIB)  # a sixth more room is worth a new plan
+        generation()
+        assert unet.plan.resident_bytes > sum(unet.component.units[i].slot_bytes for i in resident)
+        assert whole > 5 * MIB
