@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -79,6 +80,8 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, pipeline_class: Any, k
         kind = _component_class(folder / name, library, class_name)
         if issubclass(kind, nn.Module):
             plan[name] = kind, _check_weights(folder / name, name, variant)
+        else:
+            _check_files(folder / name, name, kind)
     parts: dict[str, nn.Module] = {}
     for name, (kind, found) in plan.items():
         # a library may draw values for weights that it misses, before it says so
@@ -110,13 +113,26 @@ def _index(folder: Path) -> dict[str, Any]:
         single = [f.name for f in sorted(folder.glob("*.safetensors"))]
         remedy = f"Name the file itself: {', '.join(single[:3])}" if single else "Name the folder that holds it"
         raise ModelFileError(folder, "no pipeline (no model_index.json)", remedy)
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(file, f"not readable as JSON ({_words(error)})", "Fetch the file again") from error
-    if not isinstance(index, dict):
-        raise ModelFileError(file, "not a JSON object", "Fetch the file again")
+    index = _object(file)
+    kind = index.get("_class_name", "")
+    if not isinstance(kind, str):  # diffusers reads a list as the name of a Python file in the folder, to be run
+        raise ModelFileError(
+            file,
+            f"its _class_name is {json.dumps(kind)[:100]}, not the name of a class (a list would run the folder's code)",
+            "Name there the diffusers pipeline that the models are for, where you trust the source",
+        )
     return index
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, which is an object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(file, f"not readable as JSON ({_words(error)})", "Fetch the file again") from error
+    if not isinstance(found, dict):
+        raise ModelFileError(file, "not a JSON object", "Fetch the file again")
+    return found
 
 
 def _entries(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -143,6 +159,44 @@ def _component_class(place: Path, library: str, class_name: str) -> Any:
             "Update diffusers and transformers, or load the model yourself and pass it as an argument",
         )
     return found
+
+
+def _check_files(place: Path, name: str, kind: Any) -> None:
+    """A folder of what has no weights (tokenizer, scheduler, processor) has the files that make it what it is.
+
+    From a folder without a vocabulary transformers makes a tokenizer of its special tokens alone, and says nothing.
+    """
+    if not place.is_dir():
+        raise ModelFileError(place, f"component '{name}' is missing", _near(place))
+    wanted: list[str] = []
+    if hasattr(kind, "vocab_files_names"):
+        files = dict(kind.vocab_files_names)
+        whole = files.pop("tokenizer_file", "tokenizer.json")
+        core = {key: file for key, file in files.items() if key in ("vocab_file", "merges_file")} or files
+        # the padding and the longest prompt are in here, and a default for them would be a guess
+        wanted = [] if _filled(place / "tokenizer_config.json") else ["tokenizer_config.json"]
+        lacking = [file for file in core.values() if not _filled(place / file)]
+        if (lacking or (not core and kind.vocab_files_names)) and not _filled(place / whole):
+            wanted += [*lacking[:-1], f"{lacking[-1]} (or {whole})"] if lacking else [whole]
+    elif "tokenizer" in _parts(kind):
+        known = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json", "tokenizer/*")
+        if not any(_filled(file) for pattern in known for file in place.glob(pattern)):
+            wanted = ["tokenizer.json (or the vocabulary in another form)"]
+    elif isinstance(getattr(kind, "config_name", None), str):
+        wanted = [] if _filled(place / kind.config_name) else [kind.config_name]
+    if wanted:
+        raise ModelFileError(place, f"component '{name}' lacks {', '.join(wanted)}", "Fetch the folder again")
+
+
+def _filled(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _parts(processor: Any) -> list[str]:
+    """What a transformers processor is put together from, [] for any other class."""
+    new = hasattr(processor, "get_attributes")  # transformers 5; before that they were a field
+    listed = processor.get_attributes() if new else getattr(processor, "attributes", [])
+    return list(listed) if isinstance(listed, (list, tuple)) else []
 
 
 def _check_weights(place: Path, name: str, variant: str | None) -> str | None:
@@ -172,8 +226,12 @@ def _check_weights(place: Path, name: str, variant: str | None) -> str | None:
     for shards in place.glob("*.safetensors.index*.json"):
         if _variant_of(shards) != variant:
             continue
-        wanted = set(json.loads(shards.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        missing = sorted(wanted - {f.name for f in files})
+        weight_map = _object(shards).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ModelFileError(
+                shards, "its weight_map is not an object that names a file for each weight", "Fetch the file again"
+            )
+        missing = sorted(set(weight_map.values()) - {f.name for f in files})
         if missing:
             raise ModelFileError(place, f"component '{name}' lacks {', '.join(missing[:3])}", "Fetch the files again")
     for file in by_variant[variant]:
@@ -244,11 +302,16 @@ def _from_file(file: Path, dtype: torch.dtype | None, pipeline_class: Any, kw: d
         raise ModelFileError(file, "it holds no weights", "Fetch the file again")
     if not kw.get("config") and not kw.get("original_config"):
         kw["config"] = _cached_config(file, header)
-    elif kw.get("config"):
-        _index(Path(kw["config"]))
     make = pipeline_class or _class_of(file, kw.get("config"))
     if not hasattr(make, "from_single_file"):
         raise ModelFileError(file, f"{make.__name__} does not load from one file", "Name the pipeline's folder instead")
+    if kw.get("config"):  # what has no weights is read from there
+        folder, taken = Path(kw["config"]), inspect.signature(make.__init__).parameters
+        for name, (library, class_name) in _entries(_index(folder)):
+            if name in taken and name not in kw:
+                kind = _component_class(folder / name, library, class_name)
+                if not issubclass(kind, nn.Module):
+                    _check_files(folder / name, name, kind)
     try:
         pipe = make.from_single_file(str(file), torch_dtype=dtype, local_files_only=True, **kw)
     except ModelFileError:

@@ -192,6 +192,53 @@ def spoil_index(folder: Path) -> Path:
     return folder / "model_index.json"
 
 
+def as_clip(folder: Path) -> Path:
+    """The tokenizer as CLIP's, of a vocabulary and its merges: transformers makes one with two entries without them."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    place = folder / "tokenizer"
+    (place / "tokenizer.json").unlink()
+    letters = [chr(ord("a") + i) for i in range(26)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (place / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    (place / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
+    return place
+
+
+def spoil_no_tokenizer(folder: Path) -> Path:
+    shutil.rmtree(as_clip(folder))
+    return folder / "tokenizer"
+
+
+def spoil_no_vocabulary(folder: Path) -> Path:
+    place = as_clip(folder)
+    (place / "vocab.json").unlink()
+    (place / "merges.txt").unlink()
+    return place
+
+
+def spoil_no_merges(folder: Path) -> Path:
+    (as_clip(folder) / "merges.txt").write_text("")
+    return folder / "tokenizer"
+
+
+def spoil_no_tokenizer_config(folder: Path) -> Path:
+    (as_clip(folder) / "tokenizer_config.json").unlink()
+    return folder / "tokenizer"
+
+
+def spoil_no_scheduler(folder: Path) -> Path:
+    shutil.rmtree(folder / "scheduler")
+    return folder / "scheduler"
+
+
+def spoil_no_scheduler_config(folder: Path) -> Path:
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    return folder / "scheduler"
+
+
 def spoil_other_model(folder: Path) -> Path:
     shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", folder / UNET)
     return folder / "unet"
@@ -240,6 +287,12 @@ def spoil_text_shape(folder: Path) -> Path:
         (spoil_class, ["diffusers.UNet2DConditionModle", "near it are UNet2DConditionModel"]),
         (spoil_library, ["os.system", "not one that diffusers or transformers has"]),
         (spoil_index, ["not readable as JSON"]),
+        (spoil_no_tokenizer, ["component 'tokenizer' is missing"]),
+        (spoil_no_vocabulary, ["component 'tokenizer' lacks vocab.json, merges.txt (or tokenizer.json)"]),
+        (spoil_no_merges, ["component 'tokenizer' lacks merges.txt (or tokenizer.json)"]),
+        (spoil_no_tokenizer_config, ["component 'tokenizer' lacks tokenizer_config.json"]),
+        (spoil_no_scheduler, ["component 'scheduler' is missing"]),
+        (spoil_no_scheduler_config, ["component 'scheduler' lacks scheduler_config.json"]),
         (spoil_other_model, ["do not fit UNet2DConditionModel", "another model than config.json says"]),
         (spoil_missing_key, ["do not fit UNet2DConditionModel", "conv_in.weight"]),
         (spoil_missing_text_key, ["do not fit CLIPTextModel", "token_embedding.weight"]),
@@ -255,6 +308,92 @@ def test_a_spoilt_folder(sim: ModuleType, folder: Path, spoil: Callable[[Path], 
     for word in words:
         assert word in text
     assert device_bytes(sim) == 0
+
+
+def test_a_tokenizer_of_vocabulary_and_merges(folder: Path) -> None:
+    place = as_clip(folder)
+    assert len(load_pipeline(folder).tokenizer) == 54
+    (place / "vocab.json").unlink()
+    assert "lacks vocab.json" in refused(folder)
+    given = build_sd().tokenizer
+    assert load_pipeline(folder, tokenizer=given).tokenizer is given
+
+
+def test_a_tokenizer_of_special_tokens_alone(folder: Path) -> None:
+    """Each class says which files it reads; one that reads none needs none."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for kind, lacking in {
+        "T5TokenizerFast": "lacks spiece.model (or tokenizer.json)",
+        "Qwen2Tokenizer": "lacks vocab.json, merges.txt (or tokenizer.json)",
+        "CLIPProcessor": "lacks tokenizer.json (or the vocabulary in another form)",
+    }.items():
+        index["tokenizer"] = ["transformers", kind]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        assert lacking in refused(folder)
+    index["tokenizer"] = ["transformers", "ByT5Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_pipeline(folder).tokenizer("a").input_ids == [100, 1]
+
+
+@pytest.mark.parametrize("deep", ["{", "[" * 100_000, "\xff"], ids=["half", "deep", "latin"])
+@pytest.mark.parametrize("name", ["model_index.json", "unet/diffusion_pytorch_model.safetensors.index.json"])
+def test_an_index_that_is_no_json(folder: Path, name: str, deep: str) -> None:
+    (folder / name).write_bytes(deep.encode("latin-1"))
+    text = refused(folder)
+    assert text.startswith(f"{folder / name}: not readable as JSON") and "Fetch the file again" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("{}", "weight_map is not an object"),
+        ('{"weight_map": []}', "weight_map is not an object"),
+        ('{"weight_map": {"a": ["model.safetensors"]}}', "weight_map is not an object"),
+        ('{"weight_map": {"a": 3}}', "weight_map is not an object"),
+    ],
+)
+def test_a_shard_index_that_maps_no_weights(folder: Path, content: str, words: str) -> None:
+    index = folder / "text_encoder/model.safetensors.index.json"
+    index.write_text(content)
+    text = refused(folder)
+    assert text.startswith(f"{index}: ") and words in text
+
+
+@pytest.mark.parametrize("name", [["evil", "Evil"], [], None, 3, {"a": "b"}], ids=repr)
+def test_a_pipeline_class_that_is_no_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """diffusers takes a list for a Python file of the folder, so it must not come to see one."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = name
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    save_file(build_sd().unet.state_dict(), tmp_path / "denoiser.safetensors")
+    reached: list[Any] = []
+    for method in ("from_pretrained", "from_single_file"):
+        monkeypatch.setattr(diffusers.StableDiffusionPipeline, method, lambda *a, **k: reached.append(a))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *a, **k: reached.append(a))
+    for kind in (None, diffusers.StableDiffusionPipeline):
+        for text in (
+            refused(folder, pipeline_class=kind),
+            refused(tmp_path / "denoiser.safetensors", config=str(folder), pipeline_class=kind),
+        ):
+            assert text.startswith(f"{folder / 'model_index.json'}: its _class_name is {json.dumps(name)}")
+    assert not reached and not (tmp_path / "sprung").exists()
+
+
+def test_a_single_file_whose_config_lacks_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "denoiser.safetensors"
+    save_file(build_sd().unet.state_dict(), file)
+    parts = {k: v for k, v in load_pipeline(folder).components.items() if k not in ("unet", "tokenizer")}
+    spoil_no_tokenizer(folder)
+    text = refused(file, config=str(folder), **parts, requires_safety_checker=False)
+    assert text.startswith(f"{folder / 'tokenizer'}: component 'tokenizer' is missing")
 
 
 def test_a_folder_that_is_no_pipeline(saved: Path, tmp_path: Path) -> None:
