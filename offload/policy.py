@@ -118,7 +118,7 @@ class OffloadPolicy:
         if isinstance(document, str):
             try:
                 document = json.loads(document)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter for brackets nested without end
                 raise ValueError(f"policy: not JSON ({error}); allowed: one {SCHEMA} object") from error
         if not isinstance(document, Mapping):
             raise bad_value("policy", document, f"one {SCHEMA} object", "write { ... } around the fields")

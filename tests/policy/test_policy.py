@@ -231,7 +231,9 @@ def test_a_missing_schema_is_refused() -> None:
         OffloadPolicy.from_json({"mode": "none"})
 
 
-@pytest.mark.parametrize("text", ["", "{", "mode: none", '{"schema": }'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "mode: none", '{"schema": }', "[" * 100_000, '{"never": ' * 100_000], ids=lambda text: text[:12]
+)
 def test_text_that_is_no_json(text: str) -> None:
     with pytest.raises(ValueError, match=r"^policy: not JSON .*offload-policy/1"):
         OffloadPolicy.from_json(text)
