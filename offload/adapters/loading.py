@@ -118,7 +118,7 @@ def _index(folder: Path) -> dict[str, Any]:
     if not isinstance(kind, str):  # diffusers reads a list as the name of a Python file in the folder, to be run
         raise ModelFileError(
             file,
-            f"its _class_name is {json.dumps(kind)[:100]}, not the name of a class (a list would run the folder's code)",
+            f"its _class_name is {json.dumps(kind)[:100]}, not a class name (a list would run the folder's code)",
             "Name there the diffusers pipeline that the models are for, where you trust the source",
         )
     return index

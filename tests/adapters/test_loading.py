@@ -384,6 +384,7 @@ def test_a_pipeline_class_that_is_no_name(
             refused(tmp_path / "denoiser.safetensors", config=str(folder), pipeline_class=kind),
         ):
             assert text.startswith(f"{folder / 'model_index.json'}: its _class_name is {json.dumps(name)}")
+            assert "not a class name" in text
     assert not reached and not (tmp_path / "sprung").exists()
 
 
