@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from .backend.base import Backend, Mark
-from .record import CATEGORIES, Category, Direction, MarkLog, MoveLog, Reason, RunRecord, StageRow, StepRow
+from .record import CATEGORIES, Category, Direction, MarkLog, MoveLog, Reason, RunRecord, StageRow, StepRow, trim
 
 __all__ = ["CATEGORIES", "Category", "Direction", "Ledger", "Reason", "RunRecord"]
 
@@ -76,6 +76,7 @@ class Ledger:
         self._copies: deque[tuple[int, Mark, Mark]] = deque()
         self._current = _OTHER
         self._step: StepRow | None = None
+        self._step_from = 0  # bytes copied to the device before the step
         self._stage: StageRow | None = None
         self._drain_at = _DRAIN_EVERY
 
@@ -116,14 +117,16 @@ class Ledger:
             self._end_step()
             self._end_stage(None)
             last = self._backend.mark()
-            self._pending.append(last)
             self._marks.code.append(_OTHER)
+            self._pending.append(last)
             begun = perf_counter()
             self._backend.synchronize()
             waited = perf_counter() - begun
             self._drain()
             if self._pending or self._copies:
                 raise RuntimeError(f"{len(self._pending)} marks were not reached after synchronize")
+            if not self._marks.whole:
+                raise RuntimeError("a mark was cut off while it was taken or read, so times are unknown")
             record.wall_s = self._backend.seconds(self._first, last)
         except Exception as failure:  # a device in error state: say so, never hide the error that brought us here
             record.clock_error = f"{type(failure).__name__}: {failure}"
@@ -132,7 +135,12 @@ class Ledger:
             record.error_type, record.error_text = type(error).__name__, str(error)
             record.oom = any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
         record.complete = complete
-        record.settle()
+        try:
+            record.settle()
+        except Exception as failure:  # whatever is half there, the error that brought us here comes first
+            record.clock_error = record.clock_error or f"{type(failure).__name__}: {failure}"
+            record.seconds, record.overlapped_s = dict.fromkeys(CATEGORIES), None
+            record.complete = False
         self._first = self._anchor = None
         self._pending.clear()
         self._copies.clear()
@@ -173,9 +181,10 @@ class Ledger:
 
     def _mark(self) -> int:
         """Put a mark of the current category on the time line; its number."""
-        self._pending.append(self._backend.mark())
+        mark = self._backend.mark()
         code = self._marks.code
-        code.append(self._current)
+        code.append(self._current)  # first, so that no mark is read back that has no category
+        self._pending.append(mark)
         if len(self._pending) >= self._drain_at:
             self._drain()
         return len(code) - 1
@@ -211,7 +220,8 @@ class Ledger:
         if self.active:
             entered = perf_counter()
             self._end_step()
-            self._step = StepRow(index, bytes_h2d=-self._record.bytes_h2d, first_mark=self._mark())
+            self._step_from = self._record.bytes_h2d
+            self._step = StepRow(index, first_mark=self._mark())
             self._record.steps.append(self._step)
             self.overhead_s += perf_counter() - entered
 
@@ -225,9 +235,10 @@ class Ledger:
 
     def _end_step(self) -> None:
         if self._step is not None:
-            step, self._step = self._step, None
-            step.bytes_h2d += self._record.bytes_h2d
+            step = self._step
+            step.bytes_h2d = self._record.bytes_h2d - self._step_from
             step.last_mark = self._mark()
+            self._step = None  # last: a step that Ctrl+C left half closed is closed again with the run
 
     # --- moves, events, memory
 
@@ -291,14 +302,16 @@ class Ledger:
         if not self.active:
             return
         record = self._record
-        seen_allocated, seen_resident = record.vram_allocated, record.vram_resident
+        at, seen_allocated, seen_resident = record.vram_at, record.vram_allocated, record.vram_resident
+        if not len(at) == len(seen_allocated) == len(seen_resident):
+            trim((seen_allocated, seen_resident, at))
         if seen_allocated and seen_allocated[-1] == allocated and seen_resident[-1] == resident_weights:
             return
         record.peak_allocated = max(allocated, record.peak_allocated or 0)
         record.peak_resident = max(resident_weights, record.peak_resident or 0)
-        record.vram_at.append(len(self._marks.code) - 1)
         seen_allocated.append(allocated)
         seen_resident.append(resident_weights)
+        at.append(len(self._marks.code) - 1)  # last: what reads the samples counts these
 
     # --- reading marks back
 

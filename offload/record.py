@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ class MoveRow:
 
 
 class MoveLog:
-    """All moves of one run, in columns. `t` and `dur` hold NaN until measured."""
+    """All moves of one run, in columns. `t` and `dur` hold NaN until measured.
+
+    A row is there once every column has it: Ctrl+C can come between any two of them, and what it leaves is no row.
+    """
 
     def __init__(self) -> None:
         self.t = array("d")
@@ -54,16 +57,27 @@ class MoveLog:
         self.kind = array("q")  # index into `kinds`
         self.kinds: list[Kind] = []
         self._codes: dict[Kind, int] = {}
+        self._columns: tuple[array[Any], ...] = (
+            self.t,
+            self.dur,
+            self.at,
+            self.nbytes,
+            self.step,
+            self.count,
+            self.kind,
+        )
 
     def __len__(self) -> int:
-        return len(self.t)
+        return min(map(len, self._columns))
 
     def append(self, kind: Kind, nbytes: int, step: int, count: int, at: int) -> int:
         """Add a row whose times are not known yet; its number."""
         code = self._codes.get(kind)
         if code is None:
-            code = self._codes[kind] = len(self.kinds)
-            self.kinds.append(kind)
+            self.kinds.append(kind)  # before its code is known, so that no code is without its kind
+            code = self._codes[kind] = len(self.kinds) - 1
+        if len(self) != len(self.t):  # the first column to grow, the last to be cut
+            trim(self._columns)
         self.t.append(math.nan)
         self.dur.append(math.nan)
         self.at.append(at)
@@ -71,7 +85,7 @@ class MoveLog:
         self.step.append(step)
         self.count.append(count)
         self.kind.append(code)
-        return len(self.t) - 1
+        return len(self.kind) - 1
 
     def row(self, i: int) -> MoveRow:
         component, direction, reason, avoidable, overlapped = self.kinds[self.kind[i]]
@@ -93,6 +107,13 @@ class MoveLog:
         return (self.row(i) for i in range(len(self)))
 
 
+def trim(columns: Sequence[array[Any]]) -> None:
+    """Cut columns back to the rows that all of them have, the first column last."""
+    rows = min(map(len, columns))
+    for column in reversed(columns):
+        del column[rows:]
+
+
 class MarkLog:
     """The compute stream's time line: mark i begins category `code[i]`, which lasts until mark i + 1.
 
@@ -111,16 +132,21 @@ class MarkLog:
         """The next mark was passed at `t` seconds."""
         i = len(self.t)
         if i == 0:
-            self.t.append(t)
             self.busy.append(0.0)
             self.stalled.append(0.0)
+            self.t.append(t)
             return
         t = max(t, self.t[i - 1])  # marks taken on two streams can cross; a duration is never negative
         code, dur = self.code[i - 1], t - self.t[i - 1]
         self.seconds[code] += dur
-        self.t.append(t)
         self.busy.append(self.busy[i - 1] + (dur if code in COMPUTE else 0.0))
         self.stalled.append(self.stalled[i - 1] + (dur if code == STALL else 0.0))
+        self.t.append(t)  # last, so that no time is without its sums when Ctrl+C comes
+
+    @property
+    def whole(self) -> bool:
+        """Every mark has been passed, and none was cut off by Ctrl+C."""
+        return len(self.code) == len(self.t) == len(self.busy) == len(self.stalled)
 
     def busy_until(self, t: float) -> float:
         """Seconds of computing before `t`; `t` is clipped to the run."""
@@ -224,7 +250,7 @@ class RunRecord:
                 at = self.time_of(moves.at[i])
                 moves.t[i] = math.nan if at is None else at
         for event in self.events:
-            event["t"] = self.time_of(event.pop("mark"))
+            event["t"] = self.time_of(event.pop("mark", -1))
         if self.clock_error is not None:  # a partial sum is not a total
             self.seconds = dict.fromkeys(CATEGORIES)
             return

@@ -5,12 +5,18 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from balanced_offload.offload import ledger as ledger_module
+from balanced_offload.offload import record as record_module
 from balanced_offload.offload.ledger import CATEGORIES, Ledger
 from balanced_offload.offload.record import RunRecord
+from balanced_offload.offload.report import build_report, validate
+
+from .conftest import HandClock
 
 
 def total(record: RunRecord) -> float:
@@ -412,3 +418,127 @@ def test_events_keep_their_time_and_are_capped(clock: Any) -> None:
 def test_a_cap_below_one_is_refused(clock: Any) -> None:
     with pytest.raises(ValueError, match="cap: got 0"):
         Ledger(clock, cap=0)
+
+
+def columns(record: RunRecord) -> list[Any]:
+    """The columns of a row of moves, in the order in which they are written."""
+    moves = record.moves
+    return [moves.t, moves.dur, moves.at, moves.nbytes, moves.step, moves.count, moves.kind]
+
+
+@pytest.mark.parametrize("written", range(8))
+def test_half_a_row_of_moves_is_no_row(clock: Any, ledger: Ledger, given: dict[str, Any], written: int) -> None:
+    """Ctrl+C between two columns, then the run goes on and ends by that error, which close_run must not hide."""
+    ledger.open_run()
+    ledger.begin("denoise")
+    for nbytes in (1, 2):
+        clock.tick(1)
+        ledger.begin("onload" if nbytes == 2 else "stall")
+        ledger.move("unet", "h2d", nbytes, "stage")
+    for column in columns(ledger._record)[written:]:
+        del column[-1]
+    kept = [1, 2] if written == 7 else [1]
+    assert [move.bytes for move in ledger._record.moves] == kept
+    clock.tick(1)
+    ledger.move("vae", "d2h", 3, "lora", count=4, copy_start=clock.at(2.5), copy_end=clock.at(3.0))
+    record = ledger.close_run(KeyboardInterrupt())
+    assert (record.error_type, record.clock_error, record.complete) == ("KeyboardInterrupt", None, False)
+    assert {len(column) for column in columns(record)} == {len(kept) + 1}
+    assert [(move.component, move.dir, move.bytes, move.count) for move in record.moves] == [
+        *(("unet", "h2d", nbytes, 1) for nbytes in kept),
+        ("vae", "d2h", 3, 4),
+    ]
+    assert [(move.t, move.dur_s) for move in record.moves][-1] == (2.5, 0.5)
+    validate(build_report(record, **given))
+
+
+@pytest.mark.parametrize("column", range(7))
+def test_a_run_closes_over_half_a_row_at_its_end(
+    clock: Any, ledger: Ledger, given: dict[str, Any], column: int
+) -> None:
+    ledger.open_run()
+    ledger.move("unet", "h2d", 1, "stage")
+    ledger.move("unet", "h2d", 2, "stage")
+    del columns(ledger._record)[column][-1]
+    record = ledger.close_run(KeyboardInterrupt())
+    assert (record.error_type, record.clock_error) == ("KeyboardInterrupt", None)
+    assert [move.bytes for move in record.moves] == [1]
+    assert [move["bytes"] for move in build_report(record, **given)["moves"]] == [1]
+
+
+def test_a_record_that_cannot_be_settled_hides_no_error(clock: Any, ledger: Ledger, given: dict[str, Any]) -> None:
+    ledger.open_run()
+    ledger.event("notice", "a")
+    ledger.step_begin(0)
+    clock.tick(1)
+    ledger._record.steps[0].first_mark = 99
+    record = ledger.close_run(KeyboardInterrupt())
+    assert record.error_type == "KeyboardInterrupt" and record.clock_error is not None
+    assert set(record.seconds.values()) == {None} and record.overlapped_s is None
+    validate(build_report(record, **given))
+    ledger.open_run()
+    clock.tick(2)
+    assert spent(ledger.close_run()) == {"other": 2}
+
+
+def test_an_interrupt_at_any_line_leaves_a_run_that_goes_on_and_closes(given: dict[str, Any]) -> None:
+    """Raised from a trace function before line n of the ledger, for every n that a small run comes to."""
+    files = (ledger_module.__file__, record_module.__file__)
+    outcomes: set[bool] = set()
+    for number in range(1, 10_000):
+        left = number
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename not in files:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        clock = HandClock()
+        ledger = Ledger(clock)  # type: ignore[arg-type]
+        ledger.open_run()
+        before = sys.gettrace()
+        interrupted = False
+        try:
+            sys.settrace(trace)
+            run_a_little(clock, ledger)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        run_a_little(clock, ledger)  # as where a caller catches it
+        record = ledger.close_run(KeyboardInterrupt())
+        assert record.error_type == "KeyboardInterrupt"
+        assert len({len(column) for column in columns(record)}) == 1
+        assert record.moves.row(len(record.moves) - 1).bytes == 7
+        if record.clock_error is None:
+            assert record.wall_s == total(record) == clock.now
+        else:
+            assert "cut off" in record.clock_error
+        outcomes.add(record.clock_error is None)
+        validate(build_report(record, **given))
+        if not interrupted:
+            break
+    assert not interrupted and number > 100
+    assert outcomes == {True, False}
+
+
+def run_a_little(clock: Any, ledger: Ledger) -> None:
+    """Every kind of call once, the last of them a move of 7 bytes."""
+    ledger.stage_begin("denoise", "unet", need=1, have=None)
+    ledger.step_begin(0)
+    ledger.begin("denoise")
+    clock.tick(1)
+    ledger.note_vram(int(clock.now) * 10, 5)
+    with ledger.wait("stall"):
+        clock.tick(0.5)
+    ledger.move("unet", "h2d", 3, "forward", copy_start=clock.at(clock.now - 0.25), copy_end=clock.at(clock.now))
+    ledger.event("notice", "a")
+    ledger.step_end()
+    ledger.stage_end(2)
+    ledger.drain()
+    ledger.move(f"vae {clock.now}", "drop", 7, "need")
