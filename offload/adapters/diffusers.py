@@ -108,6 +108,7 @@ class OffloadedPipeline:
         self._seen: RunRecord | None = session.record
         self._recording = 0  # depth of calls of ours in progress
         self._calling = False  # between the first and the last thing that a call of the pipeline does
+        self._dtypes: dict[str, torch.dtype | None] = {}  # of the components, when the call began
         with contextlib.ExitStack() as failed, contextlib.ExitStack() as undo:
             if policy is not None:
                 failed.callback(setattr, session, "policy", session.policy)
@@ -142,7 +143,7 @@ class OffloadedPipeline:
         found["maybe_free_model_hooks"] = _then(pipe.maybe_free_model_hooks, self._end)
         for name in _CHANGES:
             if hasattr(pipe, name):
-                found[name] = _then(getattr(pipe, name), self._refresh)
+                found[name] = _then(getattr(pipe, name), self._refresh, before=self._to_masters)
         return found
 
     # ------------------------------------------------------------------ policy
@@ -168,6 +169,9 @@ class OffloadedPipeline:
         try:
             with self.session.run():
                 return self.pipe(*args, **kwargs)
+        except BaseException:
+            self._cast_back()
+            raise
         finally:
             self._recording -= 1
             self._calling = False
@@ -200,8 +204,18 @@ class OffloadedPipeline:
                 unfinished = UnfinishedRunError("a call of the pipeline ended between two models")
                 session.close_run(unfinished if self._calling else None)
             self._take_over()
+            if self._calling:
+                self._cast_back()
+            self._dtypes = {name: m.component.dtype for name, m in self.session.components.items()}
         self._calling = True
         self._refresh()
+
+    def _cast_back(self) -> None:
+        """A call ended by an error: what it had cast for a stage of its own (SDXL's VAE) is as it was before."""
+        for name, dtype in self._dtypes.items():
+            managed = self.session.components.get(name)
+            if managed is not None and dtype is not None and _dtype_of(managed.module) != dtype:
+                managed.module.to(dtype)
 
     def _beginning(self, check_inputs: Callable[..., Any]) -> Callable[..., Any]:
         """The pipeline's `check_inputs`, which its call runs first."""
@@ -300,6 +314,10 @@ class OffloadedPipeline:
         self.detach()
 
 
+def _dtype_of(module: torch.nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
+
+
 def _put_back(pipe: Any, name: str, value: Any) -> None:
     if value is _ABSENT:
         pipe.__dict__.pop(name, None)
@@ -307,11 +325,15 @@ def _put_back(pipe: Any, name: str, value: Any) -> None:
         pipe.__dict__[name] = value
 
 
-def _then(method: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
-    """`method` with something done behind it, after errors too."""
+def _then(
+    method: Callable[..., Any], after: Callable[[], None], *, before: Callable[[], None] | None = None
+) -> Callable[..., Any]:
+    """`method` with something done behind it, after errors too, and something before it."""
 
     @functools.wraps(method)
     def then(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before()
         try:
             return method(*args, **kwargs)
         finally:

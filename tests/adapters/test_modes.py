@@ -121,6 +121,39 @@ def test_an_sdxl_vae_is_upcast_and_cast_back(
     same_state(before, state_of(pipe))
 
 
+@pytest.mark.parametrize("directly", [False, True], ids=["handle", "pipe"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vae_that_fails_while_it_is_upcast_is_cast_back(
+    sim: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: str, directly: bool
+) -> None:
+    """diffusers casts the VAE back after decoding only; after an error the next run would meet another dtype."""
+
+    def build() -> Any:
+        pipe = tiny("sdxl", torch.float16)
+        pipe.vae.register_to_config(force_upcast=True)
+        return pipe
+
+    case = Example(build, **call_arguments("sdxl", tiny_sizes=True))
+    pipe = warm(case)
+    decode = type(pipe.vae).decode
+    fail = [True]
+
+    def interrupted(self: Any, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if fail:
+            fail.clear()
+            raise KeyboardInterrupt
+        return decode(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", interrupted)
+    with offload(pipe, OffloadPolicy(**policy_fields(mode)), device="vram") as handle:
+        with pytest.raises(KeyboardInterrupt):
+            case.draw(pipe if directly else handle)
+        for _ in range(2):
+            assert torch.equal(case.draw(pipe if directly else handle), case.expected)
+        assert pipe.vae.dtype is torch.float16
+    assert device_bytes(sim) == 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_models_that_are_on_the_device_already_go_back_there(
     sim: ModuleType, example: Callable[[str], Example], mode: str
