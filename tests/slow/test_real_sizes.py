@@ -125,3 +125,33 @@ def test_none_says_that_it_does_not_fit(sim: ModuleType, pipes: dict[str, Any], 
     assert {p.device.type for module in modules for p in module.parameters()} == {"cpu"}
     handle = offload(pipe, OffloadPolicy(mode="sequential"), device="vram")
     handle.detach()
+
+
+def test_sdxl_moves_nothing_after_the_first_generation(sim: ModuleType, pipes: dict[str, Any]) -> None:
+    """The second seed's scenario at real size on a 12 GiB card: a new prompt each time, mode auto, mode none beside it.
+
+    In bf16, where the pipeline casts its VAE to nothing and back.
+    """
+    sim.configure(ghost=1 << 20)
+    sim.set_memory_cap(12 * GIB)
+    pipes.clear()
+    gc.collect()
+    pipe = pipes["sdxl bf16"] = build_pipeline("sdxl", torch.bfloat16, pinned=True)
+    kept = dict(pipe.scheduler.__dict__)
+    walls: dict[str, list[float]] = {}
+    for mode in ("none", "auto"):
+        with offload(pipe, OffloadPolicy(mode=mode), device="vram") as handle:
+            moved = []
+            for turn in range(6):
+                sim.reset_clock()
+                options = {"prompt": f"picture {'abcdef'[turn]}", "num_inference_steps": 2, "output_type": "pt"}
+                handle(**{**call_arguments("sdxl"), **options})
+                moved.append(handle.record.bytes_h2d)
+                walls.setdefault(mode, []).append(handle.record.wall_s)
+            weights = sum(m.component.weight_bytes for m in handle.session.components.values())
+            assert moved == ([0] * 6 if mode == "none" else [weights] + [0] * 5)
+            assert handle.session.resolved.mode.value == "none"
+    pipe.scheduler.__dict__.clear()
+    pipe.scheduler.__dict__.update(kept)  # it keeps the last run's steps where the run was
+    for auto, none in zip(walls["auto"][1:], walls["none"][1:], strict=True):
+        assert auto <= 1.01 * none
