@@ -7,29 +7,16 @@ standard error then. torch is imported by a command, not by its help.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .version import version
+
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 STDOUT = "-"
-
-
-def version() -> str:
-    """The version of this copy: of the checkout it lies in, else of the installed package."""
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    if project.is_file():
-        found = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found.group(1)
-    try:
-        return importlib.metadata.version("balanced-offload")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from .backend import Backend, CpuBackend, NoAcceleratorError, open_backend
 from .policy import ComponentInfo, OffloadPolicy, WorkingSet
 from .profiles import profile_for
 from .sizes import format_size
+from .version import version
 
 SCHEMA = "offload-probe/1"
 PACKAGES = ("accelerate", "diffusers", "matplotlib", "nvidia-ml-py", "psutil", "safetensors", "transformers")
@@ -53,7 +54,7 @@ def probe() -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "versions": {
-            "balanced_offload": _version(),
+            "balanced_offload": version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
@@ -136,7 +137,7 @@ def _machine_lines(document: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"Simulated accelerator: {'available' if simulator['available'] else 'not available'}, {simulator['reason']}"
     )
-    packages = (f"{name} {version or 'not installed'}" for name, version in document["packages"].items())
+    packages = (f"{name} {found or 'not installed'}" for name, found in document["packages"].items())
     lines.append(f"Packages: {', '.join(packages)}")
     return lines
 
@@ -149,12 +150,6 @@ def _block(document: Mapping[str, Any]) -> list[str]:
 def clean(text: str) -> str:
     """`text` with every path cut down to its last part: a bug report must not tell who or where someone is."""
     return _PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], text)
-
-
-def _version() -> str:
-    from .cli import version
-
-    return version()
 
 
 def _package(name: str) -> str | None:

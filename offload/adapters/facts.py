@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from .. import memory
 from ..ledger import RunRecord
 from ..report import build_report
 from ..session import Session
+from ..version import version
 
 NOT_RECORDED = (
     "this run was not recorded: in mode none a direct call of a pipeline that has no check_inputs meets nothing of "
@@ -44,7 +44,7 @@ class RunFacts:
                 "ram_total": machine.ram_total,
                 "other_accelerators": list(backend.others),
             },
-            env={"pack": _pack_version(), "torch": torch.__version__, "flags": []},
+            env={"pack": version(), "torch": torch.__version__, "flags": []},
             policy_json=self.policy,
             resolved_json=self.resolved,
             vram=self.vram,
@@ -96,10 +96,3 @@ def _now() -> str:
     import datetime
 
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _pack_version() -> str | None:
-    try:
-        return importlib.metadata.version("balanced-offload")
-    except importlib.metadata.PackageNotFoundError:
-        return None
