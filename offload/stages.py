@@ -64,7 +64,8 @@ class Stages:
                 return
         headroom = self._policy.headroom if self._policy is not None else None
         need, _ = self.peaks.expect(managed.component, entry, sig, headroom)
-        if active is managed and managed.placed and need <= managed.reserved:
+        streams = managed.plan is not None and managed.plan.streams
+        if active is managed and managed.placed and need <= managed.reserved and not (streams and GRADIENT in sig):
             managed.accepted.add(sig)
             return
         self._change(managed, entry, sig)

@@ -33,12 +33,16 @@ def gradient(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(net(x).square().sum(), x)[0].cpu()
 
 
+@pytest.mark.parametrize("plain_first", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_gradient_with_respect_to_an_input(sim: ModuleType, mode: str) -> None:
-    """Guidance: the component is resident for the call if there is any room for it."""
+def test_a_gradient_with_respect_to_an_input(sim: ModuleType, mode: str, plain_first: bool) -> None:
+    """Guidance: the component is resident for the call if there is any room for it, also in the middle of a stage."""
     net = build(Chain).requires_grad_(False)
     expected = gradient(clone(net), tokens())
     with session_of(net, mode) as session:
+        if plain_first:
+            with torch.no_grad():
+                net(tokens().to(DEVICE))
         for _ in range(3):
             assert torch.allclose(gradient(net, tokens().to(DEVICE)), expected, rtol=1e-6, atol=0)
             with torch.no_grad():
