@@ -52,6 +52,7 @@ class Backend(Protocol):
     name: str  # the card's name, for people
     rung: str  # "gpu" | "simulated" | "cpu": what kind of evidence a figure from here is
     shared_memory: bool  # device memory is host memory: moving weights would gain nothing
+    can_register: bool  # `register` can page-lock memory that the host already has
     others: tuple[str, ...]  # other accelerators: named in the report, never touched
 
     def memory(self) -> DeviceMemory: ...
@@ -90,6 +91,14 @@ class Backend(Protocol):
         """Record an event on `stream` now; `stream.wait_event(event)` orders another stream behind it."""
         ...
 
+    def event(self, timed: bool = False) -> Any:
+        """An event that is not recorded yet; `event.record(stream)` may be called again and again.
+
+        A stream that was told to wait for it waits for what was recorded then, not for what is recorded later.
+        One that is `timed` is a mark too once it is recorded: `ready` and `seconds` take it.
+        """
+        ...
+
     def rng_state(self) -> Callable[[], None]:
         """Capture the default generators (host and device); the result puts them back."""
         ...
@@ -100,4 +109,15 @@ class Backend(Protocol):
 
     def pinned_empty(self, nbytes: int) -> torch.Tensor | None:
         """An uninitialised page-locked uint8 host tensor, or None where the system refuses to lock more."""
+        ...
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """Page-lock `nbytes` of host memory from `address` on, so that copies from there run beside the compute.
+
+        False where the device cannot, or the system refuses: nothing is registered then, and no error is left behind.
+        """
+        ...
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`, once the device is done with every copy from there. Never raises: finalisers call it."""
         ...

@@ -25,6 +25,24 @@ class _HostStream:
         """Nothing to wait for."""
 
 
+class _HostEvent:
+    """A point in the host's time that can be set again."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def __float__(self) -> float:
+        return self.at
+
+
 class CpuBackend:
     """Weights stay where they are; memory figures are the system's, times are perf_counter's."""
 
@@ -34,6 +52,7 @@ class CpuBackend:
         self.name = platform.processor() or platform.machine() or "CPU"
         self.rung = "cpu"
         self.shared_memory = True
+        self.can_register = False
         self.others: tuple[str, ...] = ()
         self._stream = _HostStream()
         self._peak = 0
@@ -78,6 +97,9 @@ class CpuBackend:
     def record(self, stream: Any, timed: bool = False) -> Any:
         return time.perf_counter()
 
+    def event(self, timed: bool = False) -> Any:
+        return _HostEvent()
+
     def rng_state(self) -> Callable[[], None]:
         state = torch.get_rng_state()
         return lambda: torch.set_rng_state(state)
@@ -87,3 +109,9 @@ class CpuBackend:
 
     def pinned_empty(self, nbytes: int) -> torch.Tensor | None:
         return None
+
+    def register(self, address: int, nbytes: int) -> bool:
+        return False
+
+    def unregister(self, address: int) -> None:
+        """Nothing is ever registered."""

@@ -10,6 +10,7 @@ accelerators of different kinds in one process), every question goes to the devi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch
 
 from .base import DeviceMemory, Mark
 
+_REGISTER_FOR_ALL = 1  # cudaHostRegisterPortable: pinned for every card's context, as torch's own allocator has it
 SIMULATOR_MARK = "advance_host"  # only a device with a clock of its own can have its clock advanced
 
 
@@ -37,6 +39,8 @@ class AcceleratorBackend:
         self.kind = "simulated" if simulated else device.type
         self.rung = "simulated" if simulated else "gpu"
         self.shared_memory = self._is_integrated()
+        self._registers_itself = hasattr(self._module, "host_register")
+        self.can_register = self._registers_itself or (device.type == "cuda" and hasattr(self._module, "cudart"))
         self.others = self._other_accelerators()
 
     def _properties(self) -> Any:
@@ -113,6 +117,9 @@ class AcceleratorBackend:
         event.record(stream)
         return event
 
+    def event(self, timed: bool = False) -> Any:
+        return torch.Event(device=self.device, enable_timing=timed)
+
     def rng_state(self) -> Callable[[], None]:
         host = torch.get_rng_state()
         module, device = self._module, self.device
@@ -133,3 +140,37 @@ class AcceleratorBackend:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError:  # the system's limit on locked memory: pageable is slower, not wrong
             return None
+
+    def register(self, address: int, nbytes: int) -> bool:
+        if not self.can_register:
+            return False
+        if self._registers_itself:
+            return bool(self._module.host_register(address, nbytes))
+        with self._module.device(self.device):  # else a context would be made on the first card, which is not ours
+            try:
+                done = int(self._module.cudart().cudaHostRegister(address, nbytes, _REGISTER_FOR_ALL)) == 0
+            except RuntimeError:
+                done = False
+            if not done:
+                self._clear_error()
+        return done
+
+    def unregister(self, address: int) -> None:
+        with contextlib.suppress(Exception):
+            self._module.synchronize(self.device)  # copies from there may still be under way
+        with contextlib.suppress(Exception):  # a device that failed, a process that ends: the driver lets go by itself
+            if self._registers_itself:
+                self._module.host_unregister(address)
+                return
+            with self._module.device(self.device):
+                if int(self._module.cudart().cudaHostUnregister(address)) != 0:
+                    self._clear_error()
+
+    def _clear_error(self) -> None:
+        """CUDA keeps the error of a failed call, and the next kernel that is launched raises it: be that kernel."""
+        for _ in range(2):
+            try:
+                torch.ones(1, device=self.device)
+            except RuntimeError:
+                continue
+            return

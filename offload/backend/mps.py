@@ -17,7 +17,18 @@ import torch
 
 from .base import DeviceMemory, Mark
 
-_PASSED = object()  # an event that nobody asks for its time: on one stream it orders nothing
+
+class _Passed:
+    """An event that nobody asks for its time: on one stream it orders nothing."""
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing to record."""
+
+    def query(self) -> bool:
+        return True
+
+
+_PASSED = _Passed()
 
 
 class _InOrderStream:
@@ -33,12 +44,20 @@ class _InOrderStream:
 class _Mark:
     """An event, how many synchronisations came before it, and its time once it was measured (seconds)."""
 
-    __slots__ = ("at", "event", "turn")
+    __slots__ = ("_backend", "at", "event", "turn")
 
-    def __init__(self, event: Any, turn: int) -> None:
-        self.event = event
-        self.turn = turn
+    def __init__(self, backend: MpsBackend) -> None:
+        self._backend = backend
+        self.event: Any = None
+        self.turn = 0
         self.at: float | None = None
+
+    def record(self, stream: Any = None) -> None:
+        self.event, self.turn = self._backend.point()
+        self.at = None
+
+    def query(self) -> bool:
+        return self._backend.ready(self)
 
 
 class MpsBackend:
@@ -51,6 +70,7 @@ class MpsBackend:
         self.name = "Apple MPS"
         self.rung = "gpu"
         self.shared_memory = True
+        self.can_register = False
         self.others: tuple[str, ...] = ()
         self._stream = _InOrderStream()
         self._origin: Any = None
@@ -80,9 +100,15 @@ class MpsBackend:
         self._turn += 1
 
     def mark(self) -> Mark:
+        mark = _Mark(self)
+        mark.record()
+        return mark
+
+    def point(self) -> tuple[Any, int]:
+        """A recorded event, and how many synchronisations came before it."""
         if self._origin is None:
             self._origin = self._event()
-        return _Mark(self._event(), self._turn)
+        return self._event(), self._turn
 
     def ready(self, mark: Mark) -> bool:
         return bool(mark.turn < self._turn)
@@ -113,6 +139,9 @@ class MpsBackend:
     def record(self, stream: Any, timed: bool = False) -> Any:
         return self.mark() if timed else _PASSED
 
+    def event(self, timed: bool = False) -> Any:
+        return _Mark(self) if timed else _PASSED
+
     def rng_state(self) -> Callable[[], None]:
         host, module = torch.get_rng_state(), self._module
         state = module.get_rng_state()
@@ -128,3 +157,9 @@ class MpsBackend:
 
     def pinned_empty(self, nbytes: int) -> torch.Tensor | None:
         return None
+
+    def register(self, address: int, nbytes: int) -> bool:
+        return False
+
+    def unregister(self, address: int) -> None:
+        """Nothing is ever registered."""
