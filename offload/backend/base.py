@@ -87,6 +87,10 @@ class Backend(Protocol):
         """Make `stream` current for the block."""
         ...
 
+    def set_stream(self, stream: Any) -> None:
+        """Make `stream` current until another one is: for a hot path that knows which one to put back."""
+        ...
+
     def record(self, stream: Any, timed: bool = False) -> Any:
         """Record an event on `stream` now; `stream.wait_event(event)` orders another stream behind it."""
         ...

@@ -94,6 +94,9 @@ class CpuBackend:
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
+    def set_stream(self, stream: Any) -> None:
+        """There is one stream."""
+
     def record(self, stream: Any, timed: bool = False) -> Any:
         return time.perf_counter()
 

@@ -101,8 +101,8 @@ class AcceleratorBackend:
         return float(start.elapsed_time(end)) / 1e3
 
     def current_stream(self) -> Any:
-        if self._is_torchs_accelerator:  # one call into C++: this is asked several times per unit
-            return torch.accelerator.current_stream(self.device)
+        if self._is_torchs_accelerator:  # one call into C++, by number: a device would be looked at in Python first
+            return torch.accelerator.current_stream(self.device.index)
         return self._module.current_stream(self.device)
 
     def new_stream(self) -> Any:
@@ -111,6 +111,12 @@ class AcceleratorBackend:
 
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
         return cast("AbstractContextManager[Any]", self._module.stream(stream))
+
+    def set_stream(self, stream: Any) -> None:
+        if self._is_torchs_accelerator:
+            torch.accelerator.set_stream(stream)
+        else:
+            self._module.set_stream(stream)
 
     def record(self, stream: Any, timed: bool = False) -> Any:
         event = torch.Event(device=self.device, enable_timing=timed)

@@ -136,6 +136,9 @@ class MpsBackend:
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
+    def set_stream(self, stream: Any) -> None:
+        """There is one stream."""
+
     def record(self, stream: Any, timed: bool = False) -> Any:
         return self.mark() if timed else _PASSED
 

@@ -160,6 +160,73 @@ def test_marks_never_block_and_have_a_sign(sim: ModuleType) -> None:
     assert backend.seconds(first, first) == 0
 
 
+def test_an_event_is_recorded_again_and_a_wait_keeps_to_the_record_that_it_saw(sim: ModuleType) -> None:
+    backend = AcceleratorBackend(torch.device("vram", 0))
+    compute, copies = backend.current_stream(), backend.new_stream()
+    work = torch.ones(1 << 20, device=backend.device)
+    done, end = backend.event(), backend.event(timed=True)
+    start = backend.mark()
+    done.record(compute)
+    copies.wait_event(done)
+    work.mul_(2)
+    done.record(compute)
+    end.record(copies)
+    backend.synchronize()
+    assert backend.ready(end) and backend.seconds(start, end) == 0, "the copy stream waited for the later record"
+    copies.wait_event(done)
+    end.record(copies)
+    backend.synchronize()
+    assert backend.seconds(start, end) > 0
+
+
+def test_the_current_stream_is_set_without_a_block(sim: ModuleType) -> None:
+    backend = AcceleratorBackend(torch.device("vram", 0))
+    before, copies = backend.current_stream(), backend.new_stream()
+    backend.set_stream(copies)
+    try:
+        assert backend.current_stream() == copies
+    finally:
+        backend.set_stream(before)
+    assert backend.current_stream() == before
+
+
+def test_only_cuda_and_the_simulator_register_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = FakeCard()
+    use(monkeypatch, card)
+    assert not AcceleratorBackend(torch.device("xpu", 0)).can_register
+    card.cudart = object()  # type: ignore[attr-defined]
+    assert AcceleratorBackend(torch.device("cuda", 0)).can_register
+    assert not AcceleratorBackend(torch.device("xpu", 0)).can_register
+    assert not AcceleratorBackend(torch.device("xpu", 0)).register(1 << 20, 4096)
+    assert not backends.open_backend("cpu").can_register
+
+
+def test_a_registration_is_of_our_card_and_its_end_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = FakeCard(count=2)
+    calls: list[str] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            calls.append(str(device))
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def refuse(*_: object) -> int:
+        raise RuntimeError("driver shutting down")
+
+    card.device = Guard  # type: ignore[attr-defined]
+    card.cudart = lambda: SimpleNamespace(  # type: ignore[attr-defined]
+        cudaHostRegister=lambda *given: calls.append(repr(given)) or 0, cudaHostUnregister=refuse
+    )
+    use(monkeypatch, card)
+    backend = AcceleratorBackend(torch.device("cuda", 1))
+    assert backend.register(1 << 20, 4096)
+    assert calls == ["cuda:1", "(1048576, 4096, 1)"]
+    backend.unregister(1 << 20)  # a stand-in without `synchronize`, too
+
+
 def test_pinned_memory_or_none(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = AcceleratorBackend(torch.device("vram", 0))
     pinned = backend.pinned_empty(4096)
@@ -266,6 +333,21 @@ def test_mps_events_are_asked_once_after_a_synchronise_and_forwards(mps: tuple[M
     assert module.asked_between_syncs == 0
 
 
+def test_mps_events_are_recorded_again(mps: tuple[MpsBackend, FakeMps]) -> None:
+    backend, module = mps
+    start, end = backend.mark(), backend.event(timed=True)
+    for _ in range(2):
+        module.now += 9
+        end.record(backend.current_stream())
+        assert not backend.ready(end)
+        backend.synchronize()
+        assert backend.ready(end)
+        took = backend.seconds(start, end)
+    assert took == pytest.approx(0.020)
+    backend.event().record(backend.current_stream())
+    assert module.asked_between_syncs == 0
+
+
 def test_a_ledger_runs_on_mps_without_waiting_for_the_device(mps: tuple[MpsBackend, FakeMps]) -> None:
     backend, module = mps
     ledger = Ledger(backend)
@@ -296,3 +378,13 @@ def test_the_host_is_always_ready() -> None:
     time.sleep(0.001)
     second = backend.mark()
     assert backend.ready(second) and backend.seconds(first, second) > 0 > backend.seconds(second, first)
+
+
+def test_an_event_of_the_host_is_recorded_again() -> None:
+    backend = backends.open_backend("cpu")
+    start, end = backend.mark(), backend.event(timed=True)
+    end.record(backend.current_stream())
+    first = backend.seconds(start, end)
+    time.sleep(0.001)
+    end.record(backend.current_stream())
+    assert backend.ready(end) and backend.seconds(start, end) > first > 0
