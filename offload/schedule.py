@@ -176,11 +176,13 @@ class _Run:
         self.ahead = sum(1 for a in layout.after if a < 0)  # copies that the step before issues
         # which copies the release of each unit lets go, in the order of the copy stream: of this step, then the next
         waits = [*layout.after[self.ahead :], *(a + count for a in layout.after[: self.ahead])]
-        self.letting: list[int] = [0] * count
+        self.letting = [0] * count
+        self.letting_own = [0] * count  # of this step alone
         latest = 0
-        for wait in waits:
+        for at, wait in enumerate(waits):
             latest = max(latest, wait)
             self.letting[latest] += 1
+            self.letting_own[latest] += at < count - self.ahead
 
     def step(self, wrap: bool) -> float:
         if not wrap:
@@ -219,10 +221,10 @@ class _Run:
             at += seconds
             pending.append(at)
         held = [end for end, held in zip(pending, self.held, strict=False) if held]
-        return self._advance([0.0, held[-1] if held else 0.0, *pending])[0]
+        return self._advance([0.0, held[-1] if held else 0.0, *pending], self.letting_own)[0]
 
-    def _advance(self, state: Sequence[float]) -> list[float]:
-        """The state a step later: when compute is done, the host, and each copy that is ahead."""
+    def _advance(self, state: Sequence[float], letting: Sequence[int] | None = None) -> list[float]:
+        """The state a step later: when compute is done, the host, and each copy that is ahead of the boundary."""
         compute, host = state[0], state[1]
         done = list(state[2:])
         last = done[-1]
@@ -233,8 +235,9 @@ class _Run:
         c, h, longest = self.lead
         compute = max(compute + c, host + longest)
         host += h
-        for unit, (own, own_host, rest, rest_host, rest_longest, letting) in enumerate(
-            zip(self.own, self.own_host, self.rest, self.rest_host, self.rest_longest, self.letting, strict=True)
+        lets = self.letting if letting is None else letting
+        for unit, (own, own_host, rest, rest_host, rest_longest, let) in enumerate(
+            zip(self.own, self.own_host, self.rest, self.rest_host, self.rest_longest, lets, strict=True)
         ):
             host += hook
             start = done[unit]
@@ -245,7 +248,7 @@ class _Run:
             start += own
             host += own_host
             release = start if start > host else host
-            for _ in range(letting):
+            for _ in range(let):
                 at = place if place < count else place - count
                 last = (last if last > release else release) + copying[at]
                 done.append(last)
