@@ -25,9 +25,12 @@ from .tokens import toy_tokenizer
 
 FOLDER = Path(__file__).parent
 NAMES: tuple[str, ...] = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+_DENOISERS = ("transformer", "unet")
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace}
 # Between the largest buffer that these models compute (512 positions) and the weights that matter (16 M elements).
 _SMALL = 1 << 16
+# Above the tables that are computed anew in each process (4096 x 64), below those that are stored (22 M).
+_LARGE = 1 << 22
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -41,6 +44,9 @@ class _LargeOnMeta(TorchFunctionMode):
             sketch = func(*args, **{**kwargs, "device": "meta"})
             if sketch.numel() > _SMALL:
                 return sketch
+        # A table of positions (SD3's has 90 M elements) starts as an outer product; it is stored with the weights.
+        if func is torch.outer and args[0].numel() * args[1].numel() > _LARGE:
+            args = tuple(vector.to("meta") for vector in args)
         return func(*args, **kwargs)
 
 
@@ -87,17 +93,68 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         components = {
-            # nn.Module's own `to`: diffusers' warns about models that want fp32 parts, and none of these does.
-            component: nn.Module.to(_construct(entry, {**entry["config"], **entry["tiny"]}), dtype)
+            # nn.Module's own `to`: one dtype throughout, where diffusers warns about parts that it would keep in fp32.
+            component: nn.Module.to(_construct(entry, _merged(entry["config"], entry["tiny"])), dtype)
             for component, entry in spec["components"].items()
         }
     return _assemble(spec, components, tiny_sizes=True)
+
+
+def denoiser_name(name: str) -> str:
+    """Which component of the model is run in every step: "transformer" or "unet"."""
+    return next(component for component in load_spec(name)["components"] if component in _DENOISERS)
+
+
+def build_denoiser(
+    name: str, dtype: torch.dtype = torch.bfloat16, tiny: bool = False, seed: int = 0, pinned: bool = False
+) -> nn.Module:
+    """The model that is run in every step alone, in evaluation mode; the other components are not built.
+
+    Of real size (on the CPU, values undefined, page-locked if `pinned`), or with `tiny` the twin's widths and random
+    weights drawn from `seed`, which are others than `tiny(name, seed=seed)` draws for it.
+
+    Raises:
+        ValueError: no such model.
+        ImportError: diffusers is not installed.
+    """
+    entry = load_spec(name)["components"][denoiser_name(name)]
+    if tiny:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = nn.Module.to(_construct(entry, _merged(entry["config"], entry["tiny"])), dtype)
+        return _pinned(module) if pinned else module
+    with _LargeOnMeta():
+        module = _construct(entry, entry["config"])
+    return _give_untouched_memory(module, dtype, pinned)
+
+
+def meta_denoiser(name: str, dtype: torch.dtype = torch.bfloat16, tiny: bool = False) -> nn.Module:
+    """The denoiser on the meta device: shapes and dtypes, no memory at all."""
+    entry = load_spec(name)["components"][denoiser_name(name)]
+    with torch.device("meta"):
+        module = _construct(entry, _merged(entry["config"], entry["tiny"]) if tiny else entry["config"])
+    return nn.Module.to(module, dtype)
 
 
 def call_arguments(name: str, tiny_sizes: bool = False) -> dict[str, Any]:
     """How the pipeline is usually called: pixels, steps, guidance, and a prompt. The caller adds a generator."""
     arguments: dict[str, Any] = load_spec(name)["tiny_call" if tiny_sizes else "call"]
     return {"prompt": "a photo of a cat", **arguments}
+
+
+def _merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `changes`, key by key also where both hold an object."""
+    return {
+        **config,
+        **{
+            key: _merged(config[key], value) if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+            for key, value in changes.items()
+        },
+    }
+
+
+def _pinned(module: nn.Module) -> nn.Module:
+    return module._apply(lambda tensor: tensor.pin_memory())
 
 
 def _construct(entry: dict[str, Any], config: dict[str, Any]) -> nn.Module:
@@ -108,7 +165,10 @@ def _construct(entry: dict[str, Any], config: dict[str, Any]) -> nn.Module:
 
 
 def _give_untouched_memory(module: nn.Module, dtype: torch.dtype, pinned: bool) -> nn.Module:
-    """Replace every parameter by an untouched one; one that several modules share stays shared."""
+    """Replace every parameter, and every large buffer that is stored with them, by untouched memory.
+
+    What several modules share stays shared.
+    """
     fresh: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, so that its id is not given out again
     for owner in module.modules():
         for key, parameter in owner._parameters.items():
@@ -123,7 +183,12 @@ def _give_untouched_memory(module: nn.Module, dtype: torch.dtype, pinned: bool) 
             if buffer is None:
                 continue
             if buffer.is_meta:
-                raise ValueError(f"{type(owner).__name__}.{key}: a buffer of {buffer.numel()} elements is not computed")
+                if key in owner._non_persistent_buffers_set:
+                    raise ValueError(
+                        f"{type(owner).__name__}.{key}: a buffer of {buffer.numel()} elements is not computed"
+                    )
+                owner._buffers[key] = torch.empty(buffer.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+                continue
             real = buffer.to(dtype) if buffer.is_floating_point() else buffer
             owner._buffers[key] = real.pin_memory() if pinned else real
     return module

@@ -15,7 +15,9 @@ def toy_tokenizer(config: Any, longest: int) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    start, end, pad = getattr(config, "bos_token_id", None), config.eos_token_id, config.pad_token_id
+    config = getattr(config, "text_config", config)  # of a model that also sees
+    start, end = getattr(config, "bos_token_id", None), config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else end
     special = {"<end>": end}
     if start is not None:
         special["<start>"] = start
