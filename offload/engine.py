@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from .backend import Backend
+from .binding import stretches
 from .demand import DemandPaging
 from .ledger import Ledger, Reason
 from .plan import units_to_free
 from .protocols import Plan
-from .stream import Order, Stream, copies_ordered, parts
-from .units import Component, Storage, Unit, aligned
+from .stream import Order, Stream, copies_ordered
+from .units import Component, Unit, aligned
 from .weights import Weights
 
 WATCHED_FORWARDS = 2  # forwards that are watched for stray uses while some streamed units have not run yet
@@ -55,6 +56,7 @@ class StreamEngine:
         self._copy_stream = copy_stream
         self._on_touch = on_touch
         self._loaded: dict[int, torch.Tensor] = {}  # unit index -> its resident buffer
+        self._moved: set[int] = set()  # units that were loaded before: what moved twice will move again
         self._held: dict[int, torch.Tensor] = {}  # storage index -> its buffer, for this forward
         self._held_buffers: list[torch.Tensor] = []
         self._hooks: dict[int, list[Any]] = {}
@@ -115,6 +117,7 @@ class StreamEngine:
         missing = sorted(plan.resident - self._loaded.keys())
         if missing:
             self.stream.forget()
+        self._pin(plan, missing)
         buffers: dict[int, torch.Tensor] = {}
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -127,31 +130,39 @@ class StreamEngine:
             self._arm_all()
         self.plan = plan
 
+    def _pin(self, plan: Plan, missing: Iterable[int]) -> None:
+        """Page-lock the masters that will be copied again and again, in the order in which they will be."""
+        order = next((o.known for o in self._orders.values() if o.known), None) or []
+        flowing = dict.fromkeys([*order, *range(len(self.component.units))]).keys() - plan.resident
+        again = [i for i in (*order, *range(len(self.component.units))) if i in flowing]
+        again += [i for i in missing if i in self._moved]
+        if self.weights.pin(self.component.units[i] for i in dict.fromkeys(again)):
+            self.stream.masters_moved()
+
     def _load(self, buffers: dict[int, torch.Tensor], reason: Reason, avoidable: bool) -> None:
-        copies = [pair for index, buffer in buffers.items() for pair in parts(self.component.units[index], buffer)]
+        units = [(self.component.units[index], buffer) for index, buffer in buffers.items()]
+        copies = [pair for unit, buffer in units for pair in self.weights.copies(unit.storages, buffer)]
         with self._ledger.span("onload"):
             with copies_ordered(self._backend, self._copy_stream):
                 start = self._backend.record(self._copy_stream, timed=True)
-                for storage, part in copies:
-                    self.weights.copy_to(storage, part)
+                for target, source in copies:
+                    target.copy_(source, non_blocking=True)
                 end = self._backend.record(self._copy_stream, timed=True)
-            self._bind(copies)
+            for unit, buffer in units:
+                for storage, part in zip(unit.storages, stretches(unit.storages, buffer), strict=True):
+                    self.weights.bind(storage, part)
         self._loaded.update(buffers)
-        nbytes = sum(storage.nbytes for storage, _ in copies)
+        self._moved.update(buffers)
         self._ledger.move(
             self.component.name,
             "h2d",
-            nbytes,
+            sum(source.numel() for _, source in copies),
             reason,
             copy_start=start,
             copy_end=end,
             avoidable=avoidable,
             count=len(copies),
         )
-
-    def _bind(self, copies: Iterable[tuple[Storage, torch.Tensor]]) -> None:
-        for storage, part in copies:
-            self.weights.bind(storage, part)
 
     def evict(self, nbytes: int | None, reason: Reason) -> int:
         """Free at least `nbytes` of device memory (all of it where None) without copying anything.

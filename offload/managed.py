@@ -14,11 +14,12 @@ from .backend import Backend
 from .engine import StreamEngine
 from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
+from .pinning import Pinner
 from .plan import StagePlan
 from .policy import ComponentInfo, Role
 from .protocols import Engine
 from .units import Component, ComponentError, build_component
-from .weights import Pinner, Weights
+from .weights import Weights
 
 # A plan is kept while the budget moves by less than this share of the component: a new one would only shuffle weights.
 STICKY_SHARE = 0.05
@@ -97,8 +98,7 @@ class Managed:
     def rebuild(self) -> None:
         """Something else replaced or converted the weights: take them as they are now."""
         self.engine.abort()
-        self.engine.evict(None, "external")  # what nobody replaced lies in a buffer of its unit, ...
-        self.weights.leave_slabs()  # ... and then in a slab: either would be taken for one storage
+        self.engine.evict(None, "external")  # what nobody replaced lies in a buffer of its unit: not one storage
         component = build_component(self.name, self.module, self.role)
         origins = self.weights.origins
         self.engine.disarm()

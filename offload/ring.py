@@ -1,90 +1,63 @@
 """VRAM slots that streamed units pass through. Invariant: one allocation, made before the stage; none inside a step.
 
-The ring is one buffer, handed out in order and given back in order. A slot is reusable once the compute stream has
-passed the event recorded at its release; since that stream runs in order, the event of the latest release covers all
-earlier ones, so a copy into reused bytes waits for one event only. A slot given back out of order (a leaf that runs
-inside another one) waits for the older ones: FIFO is what makes the buffer free of fragmentation.
+A slot is a streamed unit's place in one buffer, the same in every step (layout.py). All that a step needs of it is
+made with it: the copy that fills it, the views that its tensors take, and two events. `copied` says that the bytes are
+there; `released` says that the compute stream is done with them. Both are recorded anew in every step.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .backend import Backend
-from .units import aligned
+from .binding import Binding
+from .layout import lay_out
+from .units import Unit, aligned
+from .weights import Weights
 
 
 class Slot:
-    """A stretch of the ring: where it lies, and the event that says it is filled."""
+    """One streamed unit's place in the ring."""
 
-    __slots__ = ("copied", "end", "given_back", "nbytes", "start")
+    __slots__ = ("after", "at", "binding", "copied", "copies", "nbytes", "pinned", "released", "start", "unit")
 
-    def __init__(self, start: int, end: int, nbytes: int) -> None:
+    def __init__(
+        self, unit: Unit, at: int, after: int, start: int, buffer: torch.Tensor, weights: Weights, backend: Backend
+    ) -> None:
+        room = buffer[start : start + unit.slot_bytes]
+        self.unit = unit
+        self.at = at  # its position in the walk
+        self.after = after  # the release that its copy waits for, see layout.Layout
         self.start = start
-        self.end = end  # aligned
-        self.nbytes = nbytes
-        self.copied: Any = None  # event on the copy stream: the bytes are here
-        self.given_back = False
+        self.binding = Binding(weights, unit.storages, room)
+        self.copies = weights.copies(unit.storages, room)
+        self.nbytes = sum(source.numel() for _, source in self.copies)
+        self.pinned = all(weights.is_pinned(storage) for storage in unit.storages)
+        self.copied: Any = backend.event()
+        self.released: Any = backend.event()
 
 
 class Ring:
-    """A FIFO of slots in one device buffer of `capacity` bytes."""
+    """One device buffer of `capacity` bytes."""
 
     def __init__(self, backend: Backend, capacity: int) -> None:
         self.capacity = aligned(capacity)
+        self._backend = backend
         with torch.inference_mode(False):
             self.buffer = backend.empty(self.capacity)
-        self._live: deque[Slot] = deque()
-        self._head = 0  # next free byte
-        # what a copy into the ring has to wait for: at first, whatever used these bytes before they were the ring's
-        self.reusable_after: Any = backend.record(backend.current_stream())
-        self._latest: Any = self.reusable_after  # event of the latest release, in time and not by place in the ring
 
-    def reserve(self, nbytes: int) -> Slot | None:
-        """The next slot of `nbytes`, or None while the bytes it would take are still in use."""
-        size = aligned(nbytes)
-        self._collect()
-        if size > self.capacity:
-            return None
-        if not self._live:
-            start = self._head if self._head + size <= self.capacity else 0
-        else:
-            tail = self._live[0].start
-            if self._head > tail:  # used: [tail, head)
-                if self._head + size <= self.capacity:
-                    start = self._head
-                elif size <= tail:
-                    start = 0
-                else:
-                    return None
-            elif self._head + size <= tail:  # used: [tail, end) and [0, head); equal ends mean full
-                start = self._head
-            else:
-                return None
-        slot = Slot(start, start + size, nbytes)
-        self._live.append(slot)
-        self._head = slot.end if slot.end < self.capacity else 0
-        return slot
+    def lay(self, units: Sequence[Unit], weights: Weights) -> list[Slot]:
+        """Slots for `units` in the order in which they run. What is larger than the ring gets none."""
+        flowing = [unit for unit in units if unit.slot_bytes <= self.capacity]
+        layout = lay_out([unit.slot_bytes for unit in flowing], self.capacity)
+        return [
+            Slot(unit, at, layout.after[at], layout.starts[at], self.buffer, weights, self._backend)
+            for at, unit in enumerate(flowing)
+        ]
 
-    def view(self, slot: Slot, offset: int, nbytes: int) -> torch.Tensor:
-        """`nbytes` of the slot from `offset` on, as uint8."""
-        return self.buffer[slot.start + offset : slot.start + offset + nbytes]
-
-    def release(self, slot: Slot, event: Any) -> None:
-        """The slot may be reused once the compute stream has passed `event`."""
-        slot.given_back = True
-        self._latest = event
-        self._collect()
-
-    def _collect(self) -> None:
-        while self._live and self._live[0].given_back:
-            self._live.popleft()
-            self.reusable_after = self._latest
-
-    @property
-    def in_use(self) -> int:
-        """Slots that are not given back."""
-        return len(self._live)
+    def spot(self, unit: Unit, number: int, start: int, weights: Weights) -> Slot:
+        """A slot for a unit whose turn nobody knows yet, at a place of the caller's choice; `at` is -1 - `number`."""
+        return Slot(unit, -1 - number, 0, start, self.buffer, weights, self._backend)

@@ -22,10 +22,10 @@ from .backend import Backend, is_out_of_memory, open_backend
 from .ledger import Ledger, RunRecord
 from .managed import Managed
 from .oom import StepDown
+from .pinning import Pinner
 from .plan import full_plan
 from .policy import OffloadPolicy, ResolvedPolicy, Role, WorkingSet
 from .stages import Stages, always_resident
-from .weights import Pinner
 
 
 class Session:

@@ -1,42 +1,42 @@
-"""The walk of streamed units through the ring. Invariant: a unit is bound to a slot from just before its forward
+"""The walk of streamed units through the ring. Invariant: a unit is bound to its slot from just before its forward
 until just after it; copies run ahead on the copy stream as far as the ring has room, and never over bytes in use.
 
-The order of execution is recorded in each forward and foreseen for the next one. The first forward copies each unit
-when it is called; from the second on, the copies run ahead. A unit that was foreseen and skipped costs its copy; one
-that was not foreseen is copied on the spot, and the walk goes on behind it.
+The order of execution is recorded in each forward and foreseen for the next one; the slots are laid out for it. The
+first forward copies each unit when it is called; from the second on, the copies run ahead, past the end of a forward
+too. A unit that was foreseen and skipped costs its copy at most; one that was not foreseen is copied on the spot into
+memory of its own, and the walk goes on behind it.
+
+Places are counted through all forwards: unit `at` of forward f is place f * n + at. Three counters say it all: copies
+are issued up to `_issued`, units were given back up to `_given`, and the forward stands at `_place`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, deque
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from .backend import Backend
+from .binding import stretches
 from .ledger import Ledger
 from .ring import Ring, Slot
 from .units import Component, Storage, Unit, aligned
 from .weights import Weights
 
 
-class InFlight(NamedTuple):
-    """A unit on its way through the ring. The slot carries the two events that order copy and compute."""
-
-    unit: Unit
-    slot: Slot
+MOST_TURNS = 4  # orders of execution whose slots are kept: a VAE's encode and decode, and a few more
 
 
 class Order:
-    """What one entry point of a component was seen to run, and how far the copies are ahead of it."""
+    """What one entry point of a component was seen to run."""
 
     def __init__(self) -> None:
         self.known: list[int] | None = None  # streamed units in the order of the last forward
         self.flowing: frozenset[int] = frozenset()  # the units that did not stay then, whether they ran or not
         self.seen: list[int] = []  # this forward, as it goes
-        self.ahead: int | None = 0  # position in `known` of the next unit to copy; None: lost, until the next forward
         self.deviated = False  # the last forward was not as foreseen
         self.forwards = 0
 
@@ -49,22 +49,6 @@ class Order:
                 self.known = None
             self.flowing = flowing
 
-    def behind(self, index: int) -> int | None:
-        """The position behind unit `index`, looking from where the walk was, then from the start."""
-        if not self.known:
-            return None
-        start = self.ahead or 0
-        places = [at for at, other in enumerate(self.known) if other == index]
-        return next((at + 1 for at in places if at >= start), places[0] + 1 if places else None)
-
-
-def parts(unit: Unit, buffer: torch.Tensor) -> Iterator[tuple[Storage, torch.Tensor]]:
-    """The storages of `unit` with their stretch of `buffer`, each on an aligned start."""
-    start = 0
-    for storage in unit.storages:
-        yield storage, buffer[start : start + storage.nbytes]
-        start += aligned(storage.nbytes)
-
 
 class Stream:
     """Streams the units of one component through one ring."""
@@ -74,14 +58,22 @@ class Stream:
     ) -> None:
         self.component = component
         self.ring: Ring | None = None
+        self.watched: list[tuple[int, bool, Any, Any]] | None = None  # (bytes, pinned, start, end) of copies, if asked
         self._weights = weights
         self._backend = backend
         self._ledger = ledger
         self._copy_stream = copy_stream
         self._order: Order | None = None
-        self._wrap = False
         self._compute: Any = None
-        self._inflight: deque[InFlight] = deque()
+        self._slots: list[Slot] = []
+        self._by_unit: dict[int, Slot] = {}
+        self._turns: list[tuple[list[int], list[Slot]]] = []  # orders for which slots were laid out in this ring
+        self._laid_for: list[int] | None = None  # the one that the slots at hand are for
+        self._base = self._place = self._issued = self._given = self._limit = 0
+        self._early: set[int] = set()  # places given back before one in front of them
+        self._ready: Any = None  # what the first copies wait for: whatever used these bytes before
+        self._spots: list[tuple[int, Any]] = []  # while the order is not known: where units may lie, and since when
+        self._next_spot = 0
         self._live: dict[int, Slot | torch.Tensor] = {}  # bound units: in the ring, or in a buffer beside it
         self._beside = 0  # bytes of such buffers now
         self.most_beside = 0  # and the most of them at once, until somebody resets it
@@ -108,33 +100,67 @@ class Stream:
     def drop(self) -> None:
         """Give the ring's memory back; what was copied ahead is lost."""
         if self.ring is not None:
-            self.forget()
+            self.masters_moved()
             # the allocator owes these bytes to the compute stream only: let that one wait for the last copy
             self._backend.current_stream().wait_event(self._backend.record(self._copy_stream))
             self.ring = None
 
+    def masters_moved(self) -> None:
+        """Copies and views that were prepared point at places where no master, or no ring, lies any more."""
+        self.forget()
+        self._turns.clear()
+
+    # ------------------------------------------------------------------ a forward
     def open(self, order: Order, wrap: bool, flowing: frozenset[int]) -> None:
         """A forward begins. `wrap`: copies run on into the next forward. `flowing`: the units that pass through."""
         order.restrict(flowing)
-        first = self._inflight[0].unit.index if self._inflight else None
-        if first is not None and (not order.known or order.known[0] != first):
-            self.forget()
-        self._order, self._wrap = order, wrap
+        self._order = order
         self._compute = self._backend.current_stream()  # asked once a forward: it costs as much as an event
         order.seen = []
-        order.ahead = len(self._inflight)
+        if order.known is None or self.ring is None:
+            self.forget()
+            self._make_spots(flowing)
+            return
+        if self._laid_for is not order.known:
+            self._lay(order.known)
+        count = len(self._slots)
+        self._limit = self._base + (2 * count if wrap else count)
         self._pump()
+
+    def _lay(self, known: list[int]) -> None:
+        self.forget()
+        assert self.ring is not None
+        slots = next((slots for order, slots in self._turns if order == known), None)
+        if slots is None:
+            slots = self.ring.lay([self.component.units[i] for i in known], self._weights)
+            self._turns = [*self._turns[1 - MOST_TURNS :], (known, slots)]
+        self._slots, self._laid_for = slots, known
+        self._by_unit = {slot.unit.index: slot for slot in slots}
+        self._ready = self._backend.record(self._compute)
+
+    def _make_spots(self, flowing: frozenset[int]) -> None:
+        """Divide the ring into places for units of any size, taken in turn."""
+        if self.ring is None:
+            return
+        sizes = [self.component.units[index].slot_bytes for index in flowing]
+        largest = max((size for size in sizes if size <= self.ring.capacity), default=0)
+        if largest:
+            self._ready = self._backend.record(self._compute)
+            self._spots = [(n * largest, self._ready) for n in range(self.ring.capacity // largest)]
 
     def close(self) -> set[int]:
         """The forward ended. Returns the units that ran more than once: those can not flow, and must be held."""
         order = self._order
         assert order is not None
         repeats = {i for i, n in Counter(order.seen).items() if n > 1}
-        seen = [i for i in order.seen if i not in repeats]
+        seen = [i for i in order.seen if i not in repeats] if repeats else order.seen
         order.deviated = order.known is not None and seen != order.known
         if seen != order.known:
             order.known = seen
             self.forget()
+        else:
+            self._base += len(self._slots)
+            self._place = self._base
         order.forwards += 1
         self._order = None
         return repeats
@@ -143,70 +169,81 @@ class Stream:
         """The forward raised, at any point of it: unbind what may be bound, and give up the ring with whatever slot
         was in nobody's hands just then."""
         for index in list(self._live):
-            self._live.pop(index)
-            for storage in self.component.units[index].storages:
-                self._weights.unbind(storage)
-        self._inflight.clear()
+            place = self._live.pop(index)
+            if isinstance(place, Slot):
+                place.binding.down()
+            else:
+                for storage in self.component.units[index].storages:
+                    self._weights.unbind(storage)
         self._beside = 0
         self.drop()
         self._order = None
 
     def take(self, unit: Unit) -> None:
         """Bind `unit` for its forward; the compute stream waits for its copy."""
-        if unit.index in self._live:
+        index = unit.index
+        if index in self._live:
             return
         order = self._order
         assert order is not None
-        order.seen.append(unit.index)
-        if self._is_flying(unit):
-            while self._inflight[0].unit is not unit:  # foreseen, but skipped this time
-                self._discard(self._inflight.popleft())
-            slot: Slot | None = self._inflight.popleft().slot
-        else:
-            self.forget()
-            slot = self._start_copy(unit)
-            order.ahead = order.behind(unit.index)
-        self._pump()
-        if slot is None or self.ring is None:  # larger than the ring, or the units around it hold all of it
-            self._live[unit.index] = self.copy_aside(list(unit.storages), unit.slot_bytes)
+        order.seen.append(index)
+        slot = self._by_unit.get(index)
+        slot = self._reach(slot) if slot is not None else self._on_the_spot(unit)
+        if slot is None:
+            self._live[index] = self.copy_aside(unit.storages, unit.slot_bytes)
             return
-        self._live[unit.index] = slot
-        with self._ledger.wait("stall"):
+        # before it is bound: an exception in between leaves nothing bound that nobody knows of
+        self._live[index] = slot
+        if self._ledger.active:
+            with self._ledger.wait("stall"):
+                self._compute.wait_event(slot.copied)
+        else:
             self._compute.wait_event(slot.copied)
-        for storage, part in parts(unit, self.ring.buffer[slot.start : slot.end]):
-            self._weights.bind(storage, part)
+        slot.binding.up()
 
     def give(self, unit: Unit) -> None:
         """The forward of `unit` is over: its bytes may be reused once the compute stream is past this point."""
-        if unit.index in self._live:
-            self._unbind(unit)
+        place = self._live.get(unit.index)
+        if place is None:
+            return
+        if not isinstance(place, Slot):
+            del self._live[unit.index]
+            for storage in unit.storages:
+                self._weights.unbind(storage)
+            self.gone_aside(place)
+            return
+        place.binding.down()
+        del self._live[unit.index]
+        place.released.record(self._compute)
+        if place.at < 0:
+            self._spots[-1 - place.at] = (place.start, place.released)
+        else:
+            self._give_back(self._base + place.at)
             self._pump()
 
     def forget(self) -> None:
-        """Discard what was copied ahead."""
-        while self._inflight:
-            self._discard(self._inflight.popleft())
+        """Discard what was copied ahead. Copies that are under way are no danger: later ones come behind them."""
+        self._slots, self._by_unit, self._laid_for, self._spots = [], {}, None, []
+        self._base = self._place = self._issued = self._given = self._limit = self._next_spot = 0
+        self._early.clear()
 
-    def copy_aside(self, storages: list[Storage], nbytes: int) -> torch.Tensor:
+    # ------------------------------------------------------------------ beside the ring
+    def copy_aside(self, storages: Sequence[Storage], nbytes: int) -> torch.Tensor:
         """Bring `storages` up in a buffer of their own and bind them; the compute stream waits for the copy."""
         with torch.inference_mode(False), torch.no_grad():
             buffer = self._backend.empty(nbytes)
         self._beside += nbytes
         self.most_beside = max(self.most_beside, self._beside)
+        copies = self._weights.copies(storages, buffer)
         # queued kernels may still read bytes that the allocator hands out again
         with self._ledger.wait("stall"), copies_ordered(self._backend, self._copy_stream):
             start = self._backend.record(self._copy_stream, timed=True)
-            offset = 0
-            for storage in storages:
-                part = buffer[offset : offset + storage.nbytes]
-                self._weights.copy_to(storage, part)
-                offset += aligned(storage.nbytes)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
             end = self._backend.record(self._copy_stream, timed=True)
-        offset = 0
-        for storage in storages:
-            self._weights.bind(storage, buffer[offset : offset + storage.nbytes])
-            offset += aligned(storage.nbytes)
-        self._log(storages, start, end, overlapped=False)
+        for storage, part in zip(storages, stretches(storages, buffer), strict=True):
+            self._weights.bind(storage, part)
+        self._log(sum(source.numel() for _, source in copies), len(copies), start, end, overlapped=False)
         return buffer
 
     def gone_aside(self, buffer: torch.Tensor) -> None:
@@ -214,74 +251,103 @@ class Stream:
         self._beside -= buffer.numel()
 
     # ------------------------------------------------------------------ inside
-    def _pump(self) -> None:
-        """Start copies of the units that come next, as far as the ring has room."""
-        order = self._order
-        if order is None or self.ring is None or order.ahead is None or not order.known:
-            return
-        for _ in range(len(order.known)):
-            if order.ahead >= len(order.known):
-                if not self._wrap:
-                    return
-                order.ahead = 0
-            unit = self.component.units[order.known[order.ahead]]
-            if unit.index in self._live or self._is_flying(unit):
-                return  # the ring holds a whole turn of the walk
-            slot = self._start_copy(unit)
-            if slot is None:
-                return
-            self._inflight.append(InFlight(unit, slot))
-            order.ahead += 1
-
-    def _is_flying(self, unit: Unit) -> bool:
-        return any(flying.unit is unit for flying in self._inflight)
-
-    def _start_copy(self, unit: Unit) -> Slot | None:
-        """Reserve a slot for `unit` and start its copy; None if the ring has no room for it now."""
-        ring = self.ring
-        slot = ring.reserve(unit.slot_bytes) if ring is not None else None
-        if ring is None or slot is None:
+    def _reach(self, slot: Slot) -> Slot | None:
+        """Go on to `slot`; None if the walk is past it already, or its copy cannot start yet."""
+        place = self._base + slot.at
+        if place < self._place:
             return None
-        with self._blocked(unit.storages), self._backend.on_stream(self._copy_stream):
-            self._copy_stream.wait_event(ring.reusable_after)
-            start = self._backend.record(self._copy_stream, timed=True)
-            for storage, part in parts(unit, ring.buffer[slot.start : slot.end]):
-                self._weights.copy_to(storage, part)
-            slot.copied = self._backend.record(self._copy_stream, timed=True)
-        self._log(unit.storages, start, slot.copied, overlapped=True)
+        while self._place < place:  # foreseen, but skipped this time
+            self._pass(self._place)
+        if place >= self._issued:
+            self._pump()
+            if place >= self._issued:  # units that run around it hold the bytes
+                self._pass(place)
+                return None
+        self._place = place + 1
         return slot
 
-    def _blocked(self, storages: list[Storage]) -> contextlib.AbstractContextManager[None]:
-        """A copy from pageable memory holds the host: what the device waits meanwhile is a stall."""
-        if all(self._weights.is_pinned(s) for s in storages):
-            return contextlib.nullcontext()
-        return self._ledger.wait("stall")
+    def _pass(self, place: int) -> None:
+        """A place goes by unused. Released on the compute stream like all others, so that one event covers all that
+        came before it; the copy, if it is under way, comes before the next one into these bytes."""
+        self._slots[place % len(self._slots)].released.record(self._compute)
+        self._issued = max(self._issued, place + 1)
+        self._place = place + 1
+        self._give_back(place)
 
-    def _unbind(self, unit: Unit) -> None:
-        slot = self._live.pop(unit.index)
-        for storage in unit.storages:
-            self._weights.unbind(storage)
-        if not isinstance(slot, Slot):
-            self.gone_aside(slot)
-        elif self.ring is not None:
-            self.ring.release(slot, self._backend.record(self._compute))
+    def _give_back(self, place: int) -> None:
+        if place != self._given:
+            self._early.add(place)
+            return
+        self._given += 1
+        while self._given in self._early:  # given back before its turn: what waits for it waits for the others too
+            self._early.remove(self._given)
+            self._slots[self._given % len(self._slots)].released.record(self._compute)
+            self._given += 1
 
-    def _discard(self, flying: InFlight) -> None:
-        # Released on the compute stream like every other slot, so that one event covers all that came before it;
-        # the copy itself is ordered by the copy stream, on which the next copy into these bytes runs too.
-        if self.ring is not None:
-            self.ring.release(flying.slot, self._backend.record(self._backend.current_stream()))
+    def _pump(self) -> None:
+        """Start the copies that come next, as far as what lay in their bytes was given back."""
+        slots, count = self._slots, len(self._slots)
+        while self._issued < self._limit:
+            at = self._issued % count
+            needed = self._issued - at + slots[at].after
+            if needed >= self._given:
+                return
+            self._copy(slots[at], slots[needed % count].released if needed >= 0 else self._ready)
+            self._issued += 1
 
-    def _log(self, storages: list[Storage], start: Any, end: Any, *, overlapped: bool) -> None:
+    def _on_the_spot(self, unit: Unit) -> Slot | None:
+        """Nobody foresaw this unit: copy it now, into a spot of the ring if there is one that is free."""
+        if not self._spots or self.ring is None:
+            return None
+        number = self._next_spot % len(self._spots)
+        start, released = self._spots[number]
+        room = self._spots[1][0] if len(self._spots) > 1 else self.ring.capacity
+        if released is None or unit.slot_bytes > room:  # another unit lies there and runs
+            return None
+        self._next_spot += 1
+        slot = self.ring.spot(unit, number, start, self._weights)
+        self._spots[number] = (start, None)
+        self._copy(slot, released)
+        return slot
+
+    def _copy(self, slot: Slot, after: Any) -> None:
+        stream = self._copy_stream
+        if self._ledger.active or self.watched is not None:
+            self._timed_copy(slot, after)
+            return
+        stream.wait_event(after)
+        with self._backend.on_stream(stream):
+            for target, source in slot.copies:
+                target.copy_(source, non_blocking=True)
+        slot.copied.record(stream)
+        self._ledger.total_moves += len(slot.copies)
+        self._ledger.total_bytes_h2d += slot.nbytes
+
+    def _timed_copy(self, slot: Slot, after: Any) -> None:
+        """The same with marks around it, for whoever wants to know how long it takes."""
+        # a copy from pageable memory holds the host: what the device waits meanwhile is a stall
+        blocked = contextlib.nullcontext() if slot.pinned else self._ledger.wait("stall")
+        with blocked, self._backend.on_stream(self._copy_stream):
+            self._copy_stream.wait_event(after)
+            start = self._backend.record(self._copy_stream, timed=True)
+            for target, source in slot.copies:
+                target.copy_(source, non_blocking=True)
+            end = self._backend.record(self._copy_stream, timed=True)
+            slot.copied.record(self._copy_stream)
+        if self.watched is not None:
+            self.watched.append((slot.nbytes, slot.pinned, start, end))
+        self._log(slot.nbytes, len(slot.copies), start, end, overlapped=slot.at >= 0)
+
+    def _log(self, nbytes: int, count: int, start: Any, end: Any, *, overlapped: bool) -> None:
         self._ledger.move(
             self.component.name,
             "h2d",
-            sum(s.nbytes for s in storages),
+            nbytes,
             "forward",
             copy_start=start,
             copy_end=end,
             overlapped=overlapped,
-            count=len(storages),
+            count=count,
         )
 
 

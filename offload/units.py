@@ -48,9 +48,14 @@ class TensorRef:
     owner: nn.Module
 
     @property
+    def keeps_statistics(self) -> bool:
+        """Whether it holds running statistics of a norm layer, which torch writes without counting."""
+        return self.is_buffer and isinstance(self.owner, _KEEPS_STATISTICS)
+
+    @property
     def unseen_writes(self) -> bool:
-        """Whether torch writes it without counting: running statistics of a norm layer that trains."""
-        return self.is_buffer and self.owner.training and isinstance(self.owner, _KEEPS_STATISTICS)
+        """Whether torch writes it without counting now: the norm layer trains."""
+        return self.keeps_statistics and self.owner.training
 
 
 @dataclass(eq=False)

@@ -3,76 +3,57 @@
 Binding a storage points every tensor that views it at a device buffer; unbinding points them back at the master.
 Parameter objects, ties and views keep their identity throughout, because only `.data` changes hands.
 
-Masters lie in page-locked slabs where the budget allows (a copy from those runs beside the compute), in definition
-order, and stay pageable beyond it. Slabs are powers of two, the sizes that torch's host allocator gives exactly.
+A master that is copied again and again lies in a page-locked slab (a copy from there runs beside the compute), as far
+as the RAM budget goes, and stays where it was found beyond it. The storages of a unit lie in a slab as they lie in the
+ring, one behind the other, so that a unit is one copy. What leaves its old place for a slab gives that place back at
+once: there is never a second copy of the model.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from .backend import Backend
-from .units import ALIGNMENT, Component, Storage, TensorRef, aligned
+from .binding import stretches
+from .pinning import Pinner
+from .units import Component, Storage, TensorRef, Unit, aligned
 
-SLAB_BYTES = 256 << 20
-SMALLEST_SLAB = 1 << 20
-
-
-class Pinner:
-    """Hands out page-locked host memory within one RAM budget, shared by all components of a session."""
-
-    def __init__(self, backend: Backend, budget: int) -> None:
-        self._backend = backend
-        self.budget = budget
-        self.used = 0
-
-    def slab(self, nbytes: int, charge: int) -> torch.Tensor | None:
-        """A pinned uint8 tensor of `nbytes`, or None where the budget or the system says no.
-
-        `charge` is what the host allocator really locks for it.
-        """
-        if nbytes <= 0 or self.used + charge > self.budget:
-            return None
-        slab = self._backend.pinned_empty(nbytes)
-        if slab is not None:
-            self.used += charge
-        return slab
-
-    def give_back(self, nbytes: int) -> None:
-        """A slab of `nbytes` was dropped."""
-        self.used = max(0, self.used - nbytes)
+SLAB_BYTES = 256 << 20  # the most that is in two places at once while masters move into a slab
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
     """The whole storage of `tensor` as uint8, without copying."""
-    storage = tensor.untyped_storage()
+    return _own(tensor.untyped_storage())
+
+
+def _own(storage: torch.UntypedStorage) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
-def slab_bytes(need: int) -> int:
-    """What torch's host allocator locks for a slab of `need` bytes: the next power of two."""
-    return max(SMALLEST_SLAB, 1 << (need - 1).bit_length())
+def share_out(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Group (unit, bytes) in order into slabs of at most SLAB_BYTES (or one unit); only as much as `budget` allows.
 
-
-def slab_groups(sizes: list[tuple[int, int]], budget: int) -> list[list[int]]:
-    """Group storages, (index, bytes) in order, into slabs of at most SLAB_BYTES, as many as `budget` bytes allow."""
+    Where the budget does not hold all, what stays out is spread evenly, so that slow copies do not come in a row.
+    """
+    total = sum(nbytes for _, nbytes in sizes)
+    share = min(1.0, budget / total) if total else 0.0
     groups: list[list[int]] = []
-    filled = 0
+    filled, due, taken = 0, 0.0, 0
     for index, nbytes in sizes:
-        room = aligned(nbytes)
-        joined = slab_bytes(filled + room)
-        if groups and filled + room <= SLAB_BYTES and joined - slab_bytes(filled) <= budget:
-            budget -= joined - slab_bytes(filled)
+        due += nbytes * share
+        if not nbytes or taken + nbytes > (budget if share == 1.0 else min(budget, due + nbytes / 2)):
+            continue
+        taken += nbytes
+        if groups and filled + nbytes <= SLAB_BYTES:
             groups[-1].append(index)
-            filled += room
-        elif slab_bytes(room) <= budget:
-            budget -= slab_bytes(room)
+            filled += nbytes
+        else:
             groups.append([index])
-            filled = room
+            filled = nbytes
     return groups
 
 
@@ -88,18 +69,18 @@ class Weights:
     ) -> None:
         """`origins`: where `restore` puts a storage, by its first tensor's name; else where it is found now."""
         self.component = component
+        self.bound_now: dict[int, torch.Tensor] = {}  # storage index -> the device bytes it is bound to
+        self.came_down = 0  # bytes copied down so far: weights found on the device, or written there
+        self.masters: list[torch.Tensor] = []
         self._origins = origins or {}
         self._backend = backend
         self._pinner = pinner
-        self._pinned_bytes = 0
-        self._in_slab: set[int] = set()  # storages whose master lies in a slab of ours
-        self._bound: dict[int, torch.Tensor] = {}
+        self._slabs: dict[int, tuple[torch.Tensor, int]] = {}  # storage index -> its slab, and where in it
+        self._pinned: set[int] = set()
         self._versions: dict[int, int] = {}
         self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
         self._originals: list[torch.device] = []
-        self.came_down = 0  # bytes copied down so far: weights found on the device, or written there
         self._one_memory = backend.shared_memory and backend.device.type != "cpu"
-        self.masters: list[torch.Tensor] = []
         self._adopt()
 
     # ------------------------------------------------------------------ masters
@@ -114,45 +95,82 @@ class Weights:
             self.masters.append(raw)
         for storage in self.component.storages:
             self._point_at_master(storage)
-        self._pin()
-        self._pinned_masters = {i for i, master in enumerate(self.masters) if master.is_pinned()}
+        self._pinned = {i for i, master in enumerate(self.masters) if master.is_pinned()}
 
-    def _pin(self) -> None:
-        """Move masters into pinned slabs, as far as the budget goes; pinned ones are adopted where they lie."""
-        if self._backend.shared_memory:
-            return
-        todo = [i for i, master in enumerate(self.masters) if not master.is_pinned()]
-        with torch.inference_mode(False):
-            for group in slab_groups(
-                [(i, self.masters[i].numel()) for i in todo], self._pinner.budget - self._pinner.used
-            ):
-                need = sum(aligned(self.masters[i].numel()) for i in group)
-                slab = self._pinner.slab(need, slab_bytes(need))
-                if slab is None:
-                    return
-                self._pinned_bytes += slab_bytes(need)
-                start = 0
-                for i in group:
-                    nbytes = self.masters[i].numel()
-                    home = slab[start : start + nbytes]
-                    home.copy_(self.masters[i])
-                    self.masters[i] = home
-                    self._in_slab.add(i)
-                    self._point_at_master(self.component.storages[i])
-                    start += aligned(nbytes)
+    def pin(self, units: Iterable[Unit]) -> bool:
+        """Move the masters of `units` into page-locked slabs, in this order, as far as the RAM budget goes.
+
+        Ask between forwards, for what will be copied again and again. Masters that are page-locked already stay where
+        they are. True if a master moved: views of it that somebody prepared are out of date then.
+        """
+        if self._backend.shared_memory or self._pinner.refused:
+            return False
+        todo = {u.index: u for u in units if any(s.index not in self._pinned for s in u.storages)}
+        sizes = [(index, unit.slot_bytes) for index, unit in todo.items()]
+        moved = False
+        for group in share_out(sizes, self._pinner.room):
+            slab = self._pinner.slab(sum(todo[index].slot_bytes for index in group))
+            if slab is None:
+                break
+            start = 0
+            for index in group:
+                self._settle(todo[index], slab, start)
+                start += todo[index].slot_bytes
+            moved = True
+        return moved
+
+    def _settle(self, unit: Unit, slab: torch.Tensor, start: int) -> None:
+        memory = slab.untyped_storage()
+        base = slab.storage_offset() + start
+        for storage in unit.storages:
+            nbytes = storage.nbytes
+            home = _own(memory[base : base + nbytes])  # a storage of its own: nobody takes the slab for one weight
+            with torch.inference_mode(False), torch.no_grad():
+                home.copy_(self.masters[storage.index])
+            self.masters[storage.index] = home
+            self._slabs[storage.index] = (slab, int(base - slab.storage_offset()))
+            self._pinned.add(storage.index)
+            if storage.index not in self.bound_now:
+                self._point_at_master(storage)
+            base += aligned(nbytes)
 
     def is_pinned(self, storage: Storage) -> bool:
         """Whether a copy from this master runs beside the compute, without holding the host."""
-        return storage.index in self._pinned_masters
+        return storage.index in self._pinned
 
     @property
     def pinned(self) -> int:
         """Bytes of masters in page-locked memory."""
-        return sum(self.masters[i].numel() for i in self._pinned_masters)
+        return sum(self.masters[i].numel() for i in self._pinned)
+
+    def copies(self, storages: Sequence[Storage], buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(target, source) pairs that fill `buffer`, as few as the masters' places allow: one, out of a slab.
+
+        Such a copy takes the few bytes along that pad a storage to its alignment.
+        """
+        parts = stretches(storages, buffer)
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        run: tuple[torch.Tensor, int, int, int] | None = None  # slab, start in it, end in it, start in the buffer
+        start = 0
+        for storage, part in zip(storages, parts, strict=True):
+            place = self._slabs.get(storage.index)
+            end = start + storage.nbytes
+            if place is None:
+                found.append((part, self.masters[storage.index]))
+                run = None
+            elif run is not None and place[0] is run[0] and place[1] - run[1] == start - run[3]:
+                run = (run[0], run[1], place[1] + storage.nbytes, run[3])
+                found[-1] = (buffer[run[3] : end], run[0][run[1] : run[2]])
+            else:
+                run = (place[0], place[1], place[1] + storage.nbytes, start)
+                found.append((part, place[0][run[1] : run[2]]))
+            start += aligned(storage.nbytes)
+        return found
 
     # ------------------------------------------------------------------ binding
     @staticmethod
-    def _view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    def view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+        """The tensor of `ref` within `raw`, the uint8 bytes of its storage."""
         over = raw.numel() % ref.dtype.itemsize
         # A view made in inference mode would turn the model's own tensor into an inference tensor: its writes would
         # not be counted, and nobody could ask for a gradient later.
@@ -160,20 +178,24 @@ class Weights:
             typed = (raw[:-over] if over else raw).view(ref.dtype)
             return typed.as_strided(ref.size, ref.stride, typed.storage_offset() + ref.offset)
 
-    def _point_at_master(self, storage: Storage) -> None:
+    def homes(self, storage: Storage) -> list[torch.Tensor]:
+        """The views of the master that the storage's tensors have at home."""
         raw = self.masters[storage.index]
         home = self._homes.get(storage.index)
-        if home is None or home[0] is not raw:  # made once: unbinding happens for every streamed unit of every step
-            home = self._homes[storage.index] = (raw, [self._view(raw, ref) for ref in storage.refs])
-        for ref, view in zip(storage.refs, home[1], strict=True):
+        if home is None or home[0] is not raw:
+            home = self._homes[storage.index] = (raw, [self.view(raw, ref) for ref in storage.refs])
+        return home[1]
+
+    def _point_at_master(self, storage: Storage) -> None:
+        for ref, view in zip(storage.refs, self.homes(storage), strict=True):
             ref.tensor.data = view
 
     def bind(self, storage: Storage, raw: torch.Tensor) -> None:
         """Point the tensors of `storage` at `raw`, a device uint8 tensor of its size."""
         for ref in storage.refs:
-            ref.tensor.data = self._view(raw, ref)
+            ref.tensor.data = self.view(raw, ref)
             self._versions[id(ref)] = _version(ref.tensor)
-        self._bound[storage.index] = raw
+        self.bound_now[storage.index] = raw
         if self._one_memory:
             self.masters[storage.index] = raw[:0]  # a second copy in the same memory would only take room
 
@@ -185,30 +207,31 @@ class Weights:
         comes down first, since the edit would be lost otherwise; `came_down` counts its bytes.
         """
         foreign = keep_foreign and self._changed(storage) is not None
-        raw = self._bound.pop(storage.index, None)
+        raw = self.bound_now.pop(storage.index, None)
         if raw is None or foreign:
             return
         if self._one_memory:
             self.masters[storage.index] = raw.to("cpu")
-        elif any(ref.unseen_writes or _version(ref.tensor) != self._versions[id(ref)] for ref in storage.refs):
-            self.masters[storage.index].copy_(raw[: storage.nbytes])
-            self.came_down += storage.nbytes
+        elif any(ref.unseen_writes or _version(ref.tensor) != self._versions.get(id(ref), -1) for ref in storage.refs):
+            self.bring_down(storage.index, raw)
         self._point_at_master(storage)
+
+    def bring_down(self, index: int, raw: torch.Tensor) -> None:
+        """Somebody wrote to a storage on the device: the master takes it over."""
+        nbytes = self.component.storages[index].nbytes
+        self.masters[index].copy_(raw[:nbytes])
+        self.came_down += nbytes
 
     def bound(self, storage: Storage) -> torch.Tensor | None:
         """The device buffer that `storage` is bound to, or None while its tensors are at the master."""
-        return self._bound.get(storage.index)
-
-    def copy_to(self, storage: Storage, raw: torch.Tensor) -> None:
-        """Start the copy of a master into `raw` on the current stream (asynchronous where the master is pinned)."""
-        raw.copy_(self.masters[storage.index], non_blocking=True)
+        return self.bound_now.get(storage.index)
 
     def foreign_change(self) -> str | None:
         """The name of a tensor that something else has replaced or moved since we bound it, or None."""
         return next((name for s in self.component.storages if (name := self._changed(s)) is not None), None)
 
     def _changed(self, storage: Storage) -> str | None:
-        raw = self._bound.get(storage.index)
+        raw = self.bound_now.get(storage.index)
         base = raw if raw is not None else self.masters[storage.index]
         return next((ref.name for ref in storage.refs if self._replaced(ref, base)), None)
 
@@ -223,26 +246,14 @@ class Weights:
         """Where each storage came from, by its first tensor's name."""
         return {s.refs[0].name: self._originals[s.index] for s in self.component.storages}
 
-    def leave_slabs(self) -> None:
-        """Give every tensor that still lies in a slab memory of its own, pageable; what is on the device is left."""
-        with torch.inference_mode(False):
-            for index in sorted(self._in_slab - self._bound.keys()):
-                storage, slab = self.component.storages[index], self.masters[index]
-                mine = [ref for ref in storage.refs if not self._replaced(ref, slab)]
-                self.masters[index] = slab.clone()
-                for ref in mine:
-                    ref.tensor.data = self._view(self.masters[index], ref)
-                self._in_slab.remove(index)
-                self._homes.pop(index, None)
-                self._pinned_masters.discard(index)
-
+    # ------------------------------------------------------------------ the end
     def abandon(self) -> None:
         """Forget the masters, and leave the tensors as they are: something else has replaced them."""
         self.masters = []
-        self._bound = {}
+        self.bound_now.clear()
         self._homes = {}
-        self._pinner.give_back(self._pinned_bytes)
-        self._pinned_bytes = 0
+        self._slabs = {}
+        self._pinned = set()
 
     def restore(self) -> None:
         """Give every storage memory of its own again, on the device it came from, and forget the masters.
@@ -270,8 +281,9 @@ class Weights:
             for storage in mine:
                 if storage.index in up:
                     self.masters[storage.index] = up[storage.index]
-                elif storage.index in self._in_slab:
+                elif storage.index in self._slabs:  # the last one out of a slab frees it
                     self.masters[storage.index] = self.masters[storage.index].clone()
+                    del self._slabs[storage.index]
                 self._point_at_master(storage)
         self.abandon()
 
@@ -282,6 +294,3 @@ def _version(tensor: torch.Tensor) -> int:
         return int(tensor._version)
     except RuntimeError:
         return -2
-
-
-assert SLAB_BYTES % ALIGNMENT == 0

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from balanced_offload.offload import Session
+from balanced_offload.offload.units import Component, aligned
 
 from .toys import (
     DEVICE,
@@ -340,11 +341,16 @@ def once_per_forward(sim: ModuleType, net: nn.Module, session: Session, x: torch
     assert len(ups) == len(log), "something besides weights went up"
     assert sum(e.nbytes for e in ups) == session.ledger.total_bytes_h2d - before, "the ledger differs from the log"
     assert sim.copy_totals()["d2h"] == 0
-    count: dict[int, int] = {}
-    for entry in ups:
-        count[entry.host_ptr] = count.get(entry.host_ptr, 0) + 1
-    masters = {m.data_ptr() for m in session.components["net"].weights.masters}
-    return sorted(count.get(pointer, 0) for pointer in masters)
+    # a copy may bring several storages, that lie one behind the other
+    return sorted(
+        sum(e.host_ptr <= m.data_ptr() and m.data_ptr() + m.numel() <= e.host_ptr + e.nbytes for e in ups)
+        for m in session.components["net"].weights.masters
+    )
+
+
+def padding(component: Component) -> int:
+    """Bytes between the storages of a unit, each of which starts on an aligned address; they are copied along."""
+    return sum(aligned(s.nbytes) - s.nbytes for u in component.units for s in u.storages[:-1])
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if n not in ("counter", "skips", "late call", "twice", "nested")])
@@ -357,7 +363,8 @@ def test_sequential_moves_each_storage_once_per_forward(sim: ModuleType, name: s
             before = session.ledger.total_bytes_h2d
             counts = once_per_forward(sim, net, session, inputs(run))
             assert counts == [1] * len(counts), f"forward {run}"
-            assert session.ledger.total_bytes_h2d - before == total
+            moved = session.ledger.total_bytes_h2d - before
+            assert total <= moved <= total + padding(session.components["net"].component)
         assert session.ledger.total_bytes_d2h == 0
 
 
@@ -400,7 +407,9 @@ def test_model_moves_each_component_once_per_use(sim: ModuleType, name: str) -> 
 
                 before = session.ledger.total_bytes_h2d
                 moved = copied(sim, use)
-                assert moved["h2d_bytes"] == size == session.ledger.total_bytes_h2d - before
+                assert moved["h2d_bytes"] == session.ledger.total_bytes_h2d - before
+                over = padding(session.components["first" if net is first else "second"].component)
+                assert size <= moved["h2d_bytes"] <= size + over
                 assert moved["d2h"] == 0
                 resident = [n for n, nbytes in session.device_bytes.items() if nbytes]
                 assert resident == ["first" if net is first else "second"]
@@ -435,8 +444,12 @@ def test_mode_none_runs_after_its_memory_was_asked_for(sim: ModuleType) -> None:
 def test_masters_never_move_and_never_change(sim: ModuleType, mode: str) -> None:
     net = build(Attention)
     session = session_for(net, mode)
-    masters = [(m.data_ptr(), m.clone()) for m in session.components["net"].weights.masters]
     with torch.no_grad():
+        for seed in range(2):  # what moves a second time is page-locked then, once and for all
+            net(tokens(seed).to(DEVICE))
+            if mode != "none":
+                session.free()
+        masters = [(m.data_ptr(), m.clone()) for m in session.components["net"].weights.masters]
         for seed in range(5):
             net(tokens(seed).to(DEVICE))
             if mode != "none":
@@ -481,7 +494,7 @@ def test_copies_run_behind_compute(sim: ModuleType, mode: str) -> None:
         step = sim.clock()
         kernels = [(t.t0, t.t1) for t in sim.trace() if t.flops > 0]
         copies = list(weights_up(sim, session))
-        matrices = [c for c in copies if c.nbytes == 256 * 256 * 4]
+        matrices = [c for c in copies if c.nbytes >= 256 * 256 * 4]
         sim.configure(trace=0)
     alone = sum(c.t1 - c.t0 for c in copies)
     hidden = [c for c in matrices if any(a < c.t1 and c.t0 < b for a, b in kernels)]
@@ -601,7 +614,7 @@ def test_a_conversion_that_changes_nothing_costs_nothing(sim: ModuleType, mode: 
     component = session.components["net"].component
     sizes = [s.nbytes for s in component.storages]
     with torch.no_grad():
-        normal = [copied(sim, lambda: net(tokens().to(DEVICE))) for _ in range(3)][-1]
+        normal = [copied(sim, lambda: net(tokens().to(DEVICE)))["h2d_bytes"] for _ in range(3)][-1]
         if change == "refresh":
             session.refresh("net")
         else:
@@ -611,7 +624,7 @@ def test_a_conversion_that_changes_nothing_costs_nothing(sim: ModuleType, mode: 
         assert component.weight_bytes == weight_bytes(twin)
         for seed in range(3):
             assert torch.equal(net(tokens(seed).to(DEVICE)).cpu(), twin(tokens(seed)))
-        assert copied(sim, lambda: net(tokens().to(DEVICE))) == normal
+        assert copied(sim, lambda: net(tokens().to(DEVICE)))["h2d_bytes"] == normal
     session.detach()
     assert weight_bytes(net) == weight_bytes(twin)
     assert sorted(storages(net).values()) == sorted(storages(twin).values())

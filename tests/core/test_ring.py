@@ -1,186 +1,263 @@
-"""Invariant: two slots in use never overlap, and no copy goes into bytes that a queued kernel still reads."""
+"""Invariant: a copy never goes into bytes whose unit may still run, and waits for nothing that waits for it.
+
+The layout is held against a plain list of who had each byte last; the ring against the device's own addresses.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from balanced_offload.offload.ring import Ring, Slot
-from balanced_offload.offload.units import ALIGNMENT, aligned
+from balanced_offload.offload import Session
+from balanced_offload.offload.backend import open_backend
+from balanced_offload.offload.layout import Layout, lay_out
+from balanced_offload.offload.ledger import Ledger
+from balanced_offload.offload.pinning import Pinner
+from balanced_offload.offload.ring import Ring
+from balanced_offload.offload.stream import Order, Stream
+from balanced_offload.offload.units import ALIGNMENT, build_component
+from balanced_offload.offload.weights import Weights, share_out
 
+from .toys import DEVICE, Chain, build, clone, policy, tokens
 
-class Clock:
-    """A backend that counts: an event is the moment at which it was recorded."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.allocations = 0
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        self.allocations += 1
-        return torch.zeros(nbytes, dtype=torch.uint8)
-
-    def current_stream(self) -> str:
-        return "compute"
-
-    def record(self, stream: Any, timed: bool = False) -> int:
-        self.now += 1
-        return self.now
+STEPS = 3
 
 
-@pytest.fixture
-def clock() -> Iterator[Clock]:
-    yield Clock()
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[list[int], int]:
+    sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=24))
+    return sizes, draw(st.integers(max(sizes), max(sizes) * 4 + 3))
 
 
-def ring_of(clock: Clock, slots: int) -> Ring:
-    return Ring(clock, slots * ALIGNMENT)  # type: ignore[arg-type]
+def tenants(sizes: list[int], layout: Layout) -> list[set[int]]:
+    """For each place of STEPS steps: the places that had one of its bytes right before it."""
+    owner = [-1] * layout.capacity
+    found = []
+    for step in range(STEPS):
+        for at, size in enumerate(sizes):
+            mine = range(layout.starts[at], layout.starts[at] + size)
+            found.append({owner[byte] for byte in mine} - {-1})
+            for byte in mine:
+                owner[byte] = step * len(sizes) + at
+    return found
 
 
-def release(ring: Ring, slot: Slot, clock: Clock) -> int:
-    event = clock.record("compute")
-    ring.release(slot, event)
-    return event
+@settings(max_examples=300, deadline=None)
+@given(walks())
+def test_a_copy_waits_for_all_that_lay_in_its_bytes(walk: tuple[list[int], int]) -> None:
+    sizes, capacity = walk
+    layout = lay_out(sizes, capacity)
+    count = len(sizes)
+    assert all(0 <= start and start + size <= capacity for start, size in zip(layout.starts, sizes, strict=True))
+    waits = [step * count + after for step in range(STEPS) for after in layout.after]
+    for place, before in enumerate(tenants(sizes, layout)):
+        assert waits[place] < place, "it waits for itself, or for what comes later"
+        assert all(other <= waits[place] for other in before), "bytes are overwritten before they were given back"
+        assert place == 0 or waits[place] >= waits[place - 1] or place % count == 0
+    assert list(layout.after) == sorted(layout.after), "copies run in order: a later one never waits for less"
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("seed", range(20))
-def test_random_walks_keep_to_the_rules(clock: Clock, seed: int, in_order: bool) -> None:
-    """Random sizes, reserved and given back: bytes in use are disjoint, and every copy waits for what it replaces."""
-    rng = random.Random(seed)
-    capacity = rng.randrange(1, 24) * ALIGNMENT
-    ring = Ring(clock, capacity)  # type: ignore[arg-type]
-    live: list[Slot] = []
-    freed_at = [0] * (capacity // ALIGNMENT)  # by block: when it was last given back
-    refused = granted = 0
-    for _ in range(600):
-        if rng.random() < 0.55:
-            nbytes = rng.randrange(1, capacity + ALIGNMENT)
-            slot = ring.reserve(nbytes)
-            if slot is None:
-                refused += 1
-                assert live or aligned(nbytes) > capacity, "an empty ring refused what fits"
-                continue
-            granted += 1
-            assert slot.start % ALIGNMENT == slot.end % ALIGNMENT == 0
-            assert slot.nbytes == nbytes and nbytes <= slot.end - slot.start == aligned(nbytes)
-            assert 0 <= slot.start < slot.end <= capacity
-            for other in live:
-                assert slot.end <= other.start or other.end <= slot.start, "two slots in use overlap"
-            for block in range(slot.start // ALIGNMENT, slot.end // ALIGNMENT):
-                assert ring.reusable_after >= freed_at[block], "a copy may start before its bytes were given back"
-            live.append(slot)
-        elif live:
-            slot = live.pop(0 if in_order else rng.randrange(len(live)))
-            event = release(ring, slot, clock)
-            for block in range(slot.start // ALIGNMENT, slot.end // ALIGNMENT):
-                freed_at[block] = event
-            if in_order:
-                assert ring.in_use == len(live)
-        assert ring.in_use >= len(live)
-    for slot in live:
-        release(ring, slot, clock)
-    assert ring.in_use == 0
-    assert ring.reserve(capacity) is not None, "an empty ring holds a slot of its whole size"
-    assert granted > 20 and refused > 5
-    assert clock.allocations == 1
+@settings(max_examples=200, deadline=None)
+@given(walks())
+def test_a_copy_waits_for_no_more_than_it_has_to(walk: tuple[list[int], int]) -> None:
+    sizes, capacity = walk
+    layout = lay_out(sizes, capacity)
+    count, before = len(sizes), tenants(sizes, layout)
+    for at in range(count):
+        place = count + at  # the second step: everything has a tenant before it
+        needed = max((tenant for other in before[count : place + 1] for tenant in other), default=0)
+        assert layout.after[at] + count <= max(needed, 0), "it waits although the bytes are free"
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_it_is_as_good_as_a_fifo_can_be(clock: Clock, seed: int) -> None:
-    """A refusal is always justified: the slot fits neither behind the newest nor before the oldest one in use."""
-    rng = random.Random(seed)
-    capacity = rng.randrange(2, 16) * ALIGNMENT
-    ring = Ring(clock, capacity)  # type: ignore[arg-type]
-    live: list[Slot] = []
-    for _ in range(500):
-        if rng.random() < 0.6:
-            nbytes = rng.randrange(1, capacity + 1)
-            slot = ring.reserve(nbytes)
-            if slot is not None:
-                live.append(slot)
-                continue
-            oldest, newest, size = live[0], live[-1], aligned(nbytes)
-            if newest.start < oldest.start:  # wrapped
-                assert newest.end + size > oldest.start
-            else:
-                assert newest.end + size > capacity and size > oldest.start
-        elif live:
-            release(ring, live.pop(0), clock)
+def test_addresses_recur_and_the_walk_starts_at_the_front() -> None:
+    layout = lay_out([3, 3, 3], 7)
+    assert layout.starts == (0, 3, 0)
+    assert layout.after == (-1, -1, 0)
+    assert lay_out([2, 2], 9).after == (-2, -1), "a ring with room for all waits for the step before"
+    with pytest.raises(ValueError, match="unit 1 takes 8 bytes, and the ring has 7"):
+        lay_out([1, 8], 7)
+    assert lay_out([], 7) == Layout(7, (), ())
 
 
-def test_slots_are_handed_out_and_given_back_in_order(clock: Clock) -> None:
-    ring = ring_of(clock, 4)
-    first, second, third = (ring.reserve(ALIGNMENT) for _ in range(3))
-    assert first and second and third
-    assert [s.start // ALIGNMENT for s in (first, second, third)] == [0, 1, 2]
-    release(ring, second, clock)
-    assert ring.in_use == 3, "the oldest slot is in use, so the one behind it cannot be handed out"
-    assert ring.reserve(2 * ALIGNMENT) is None
-    release(ring, first, clock)
-    assert ring.in_use == 1
+# ---------------------------------------------------------------------- slabs
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 200))
+def test_slabs_hold_what_the_budget_allows(sizes: list[int], budget: int) -> None:
+    pairs = list(enumerate(sizes))
+    groups = share_out(pairs, budget)
+    taken = [index for group in groups for index in group]
+    assert taken == sorted(taken) and len(set(taken)) == len(taken)
+    assert sum(sizes[index] for index in taken) <= budget
+    if sum(sizes) <= budget:
+        assert taken == [index for index, size in pairs if size], "there was room for all of them"
 
 
-def test_a_full_ring_refuses_until_the_oldest_goes(clock: Clock) -> None:
-    ring = ring_of(clock, 3)
-    slots = [ring.reserve(ALIGNMENT) for _ in range(3)]
-    assert all(slots) and ring.reserve(1) is None
-    assert slots[0] is not None
-    release(ring, slots[0], clock)
-    again = ring.reserve(1)
-    assert again is not None and again.start == 0
-    assert ring.reserve(1) is None
+def test_what_stays_out_of_the_budget_is_spread() -> None:
+    groups = share_out([(index, 4) for index in range(40)], 80)
+    assert [index for group in groups for index in group] == list(range(0, 40, 2))
 
 
-def test_a_slot_never_lies_across_the_end(clock: Clock) -> None:
-    ring = ring_of(clock, 5)
-    first, second = ring.reserve(2 * ALIGNMENT), ring.reserve(2 * ALIGNMENT)
-    assert first and second
-    release(ring, first, clock)
-    wrapped = ring.reserve(2 * ALIGNMENT)
-    assert wrapped is not None and wrapped.start == 0
-    assert ring.reserve(1) is None, "the block at the end lies behind the newest slot, and is lost for this round"
+# ---------------------------------------------------------------------- on the device
+def stream_of(net: torch.nn.Module, ring_bytes: int) -> Stream:
+    backend = open_backend(DEVICE)
+    component = build_component("net", net)
+    weights = Weights(component, backend, Pinner(backend, 1 << 30))
+    weights.pin(component.units)
+    stream = Stream(component, weights, backend, Ledger(backend), backend.new_stream())
+    stream.resize(ring_bytes)
+    return stream
 
 
-def test_larger_than_the_ring_is_refused(clock: Clock) -> None:
-    ring = ring_of(clock, 2)
-    assert ring.reserve(2 * ALIGNMENT + 1) is None
-    assert ring.reserve(2 * ALIGNMENT) is not None
+def run(stream: Stream, order: Order, units: list[int], wrap: bool = True) -> list[int]:
+    """One forward over `units`; where each was found in the ring."""
+    found = []
+    stream.open(order, wrap, frozenset(u.index for u in stream.component.units))
+    for index in units:
+        unit = stream.component.units[index]
+        stream.take(unit)
+        weight = unit.module.weight
+        assert torch.equal(
+            weight.cpu(), stream._weights.masters[unit.storages[0].index].view(torch.float32).view(64, 64)
+        )
+        found.append(weight.data_ptr())
+        stream.give(unit)
+    stream.close()
+    return found
 
 
-def test_capacity_is_rounded_up_and_views_are_where_the_slot_is(clock: Clock) -> None:
-    ring = Ring(clock, 3 * ALIGNMENT - 5)  # type: ignore[arg-type]
+def test_a_unit_has_one_address_and_one_copy(sim: ModuleType) -> None:
+    net = build(Chain)
+    stream = stream_of(net, 3 * (64 * 64 * 4 + 512))
+    assert stream.ring is not None
+    order, units = Order(), [u.index for u in stream.component.units]
+    with torch.no_grad():
+        run(stream, order, units)
+        second = run(stream, order, units)
+        sim.clear_copy_log()
+        third = run(stream, order, units)
+        fourth = run(stream, order, units)
+    assert second == third == fourth
+    assert len(set(second)) == 3 and min(second) == stream.ring.buffer.data_ptr()
+    ups = [entry for entry in sim.copy_log() if entry.direction == "h2d"]
+    assert len(ups) == 2 * len(units), "weight and bias lie behind each other: one copy"
+    assert {entry.nbytes for entry in ups} == {64 * 64 * 4 + 256}
+    stream.drop()
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_copies_run_past_the_end_of_a_forward_only_if_told(sim: ModuleType, wrap: bool) -> None:
+    net = build(Chain)
+    stream = stream_of(net, 3 * (64 * 64 * 4 + 512))
+    order, units = Order(), [u.index for u in stream.component.units]
+    with torch.no_grad():
+        for _ in range(3):
+            run(stream, order, units, wrap)
+        sim.clear_copy_log()
+        run(stream, order, units, wrap)
+        assert stream._issued - stream._base == (3 if wrap else 0)
+        assert sim.copy_totals()["h2d"] == len(units)
+    stream.drop()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 3, 4, 5], [0, 2, 1, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 1], [2, 2, 2, 3]])
+def test_any_other_order_runs_right(sim: ModuleType, order: list[int]) -> None:
+    """Skipped, swapped, backwards, cut short, repeated; then the usual order again."""
+    net = build(Chain)
+    stream = stream_of(net, 3 * (64 * 64 * 4 + 512))
+    traced, usual = Order(), [u.index for u in stream.component.units]
+    assert len(usual) == 6
+    with torch.no_grad():
+        for units in (usual, usual, order, order, usual, usual, order, usual):
+            run(stream, traced, units)
+        assert run(stream, traced, usual) == run(stream, traced, usual)
+    assert not stream.busy
+    stream.drop()
+    assert {p.device.type for p in net.parameters()} == {"cpu"}
+
+
+def test_a_ring_of_one_leaf_and_one_that_holds_all(sim: ModuleType) -> None:
+    leaf = 64 * 64 * 4 + 512
+    for ring in (leaf, 2 * leaf, 6 * leaf, 9 * leaf):
+        stream = stream_of(build(Chain), ring)
+        order, units = Order(), [u.index for u in stream.component.units]
+        with torch.no_grad():
+            for _ in range(4):
+                run(stream, order, units)
+        assert stream.most_beside == 0, "everything fits into the ring, from the first forward on"
+        stream.drop()
+
+
+def test_a_nested_unit_given_back_first_holds_up_the_copies(sim: ModuleType) -> None:
+    """While the outer unit is bound, nothing may be copied over it, though units behind it were given back."""
+    sim.configure(flops32=1e9)
+    net = build(Chain)
+    stream = stream_of(net, 3 * (64 * 64 * 4 + 512))
+    units = stream.component.units
+    order = Order()
+    everything = frozenset(u.index for u in units)
+    x = tokens().to(DEVICE)
+    with torch.no_grad():
+        for _ in range(4):
+            stream.open(order, True, everything)
+            stream.take(units[0])
+            for unit in units[1:]:
+                stream.take(unit)
+                unit.module(x)
+                stream.give(unit)
+            units[0].module(x)  # read again, after all the others
+            stream.give(units[0])
+            stream.close()
+    assert sim.races() == 0
+    stream.drop()
+
+
+def test_the_first_copy_waits_for_whoever_had_the_bytes_before(sim: ModuleType) -> None:
+    """The allocator may hand out bytes that queued kernels still read; the first copies come behind those kernels."""
+    sim.configure(flops32=1e8, trace=1)
+    stream = stream_of(build(Chain), 3 * (64 * 64 * 4 + 512))
+    x = torch.randn(64, 64).to(DEVICE)
+    sim.reset_clock()
+    x @ x
+    order, units = Order(), [u.index for u in stream.component.units]
+    with torch.no_grad():
+        for index in units[:1]:
+            stream.open(order, True, frozenset(units))
+            stream.take(stream.component.units[index])
+            stream.give(stream.component.units[index])
+            stream.close()
+    trace = sim.trace()
+    kernel = next(t for t in trace if t.flops > 0)
+    copy = next(t for t in trace if t.name.startswith("h2d"))
+    assert copy.t0 >= kernel.t1
+    stream.drop()
+
+
+def test_capacity_is_rounded_up(sim: ModuleType) -> None:
+    ring = Ring(open_backend(DEVICE), 3 * ALIGNMENT - 5)
     assert ring.capacity == 3 * ALIGNMENT == ring.buffer.numel()
-    ring.reserve(ALIGNMENT)
-    slot = ring.reserve(100)
-    assert slot is not None
-    view = ring.view(slot, 16, 32)
-    assert view.numel() == 32
-    assert view.data_ptr() - ring.buffer.data_ptr() == ALIGNMENT + 16
 
 
-def test_given_back_out_of_order_waits_for_the_later_of_both(clock: Clock) -> None:
-    """The inner of two nested units is given back first; the outer one's bytes are still read after that."""
-    ring = ring_of(clock, 2)
-    outer, inner = ring.reserve(ALIGNMENT), ring.reserve(ALIGNMENT)
-    assert outer and inner
-    early = release(ring, inner, clock)
-    late = release(ring, outer, clock)
-    assert early < late
-    assert ring.reserve(ALIGNMENT) is not None
-    assert ring.reusable_after == late
+def test_a_write_to_a_streamed_weight_comes_down_once(sim: ModuleType) -> None:
+    net = build(Chain)
+    twin = clone(net)
 
+    def edit(module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            module.weight.mul_(2)
 
-def test_the_first_copy_waits_for_whoever_had_the_bytes_before(clock: Clock) -> None:
-    """The allocator may hand out bytes that queued kernels still read; a copy into the ring must come behind them.
-
-    Told by the event alone: the simulator looks for races within a storage, not between two that lie in one place.
-    """
-    queued = [clock.record("compute") for _ in range(5)][-1]
-    ring = ring_of(clock, 2)
-    assert ring.reserve(ALIGNMENT) is not None
-    assert ring.reusable_after > queued
+    with Session(policy("sequential"), device=DEVICE) as session, torch.no_grad():
+        session.add("net", net)
+        for _ in range(3):
+            net(tokens().to(DEVICE))
+        handles = [m.layers[2].register_forward_pre_hook(edit) for m in (net, twin)]
+        sim.clear_copy_log()
+        for seed in range(3):
+            assert torch.equal(net(tokens(seed).to(DEVICE)).cpu(), twin(tokens(seed)))
+        assert session.ledger.total_bytes_d2h == 3 * (64 * 64 * 4 + 0)
+        for handle in handles:
+            handle.remove()

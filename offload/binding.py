@@ -1,0 +1,89 @@
+"""Where the tensors of a few storages point. Invariant: up and down are assignments to `.data`, prepared beforehand.
+
+A streamed unit lies at the same address in every step, so the views of it are made once; what is left to do in a step
+is to hand them to the tensors, which keep their identity, and to look whether somebody wrote through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .units import Storage, TensorRef, aligned
+
+if TYPE_CHECKING:
+    from .weights import Weights
+
+
+def stretches(storages: Sequence[Storage], buffer: torch.Tensor) -> list[torch.Tensor]:
+    """The stretch of `buffer` (uint8) that each storage takes, every one on an aligned start."""
+    found, start = [], 0
+    for storage in storages:
+        found.append(buffer[start : start + storage.nbytes])
+        start += aligned(storage.nbytes)
+    return found
+
+
+class Binding:
+    """The tensors that view `storages`, with their views of one device buffer and of their masters."""
+
+    __slots__ = (
+        "_bound",
+        "_counted",
+        "_homes",
+        "_raws",
+        "_refs",
+        "_suspects",
+        "_tensors",
+        "_versions",
+        "_views",
+        "_weights",
+    )
+
+    def __init__(self, weights: Weights, storages: Sequence[Storage], buffer: torch.Tensor) -> None:
+        parts = stretches(storages, buffer)
+        self._weights = weights
+        self._raws = {storage.index: part for storage, part in zip(storages, parts, strict=True)}
+        self._refs = [ref for storage in storages for ref in storage.refs]
+        self._tensors = [ref.tensor for ref in self._refs]
+        self._views = [weights.view(self._raws[ref.storage], ref) for ref in self._refs]
+        self._homes = [view for storage in storages for view in weights.homes(storage)]
+        # what was made in inference mode counts no writes, and running statistics are written without being counted
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._suspects = [ref for ref in self._refs if ref.keeps_statistics]
+        self._versions: list[int] = []
+        self._bound = False
+
+    def up(self) -> None:
+        """Point the tensors at the device."""
+        # first, since an assignment to `.data` is no write: whatever interrupts this, `down` finds nothing to keep
+        self._versions = [tensor._version for tensor in self._counted]
+        self._bound = True
+        self._weights.bound_now.update(self._raws)
+        for tensor, view in zip(self._tensors, self._views, strict=True):
+            tensor.data = view
+
+    def down(self) -> None:
+        """Point the tensors at their masters; bytes that were written meanwhile come down first. Again does nothing."""
+        if not self._bound:
+            return
+        if self._suspects or self._versions != [tensor._version for tensor in self._counted]:
+            self._keep_writes()
+        for tensor, home in zip(self._tensors, self._homes, strict=True):
+            tensor.data = home
+        bound = self._weights.bound_now
+        for index in self._raws:
+            bound.pop(index, None)
+        self._bound = False
+
+    def _keep_writes(self) -> None:
+        before = dict(zip(map(id, self._counted), self._versions, strict=True))
+        written: dict[int, TensorRef] = {}
+        for ref in self._refs:
+            version = before.get(id(ref.tensor))
+            if ref.unseen_writes or (version is not None and ref.tensor._version != version):
+                written[ref.storage] = ref
+        for index in written:
+            self._weights.bring_down(index, self._raws[index])
