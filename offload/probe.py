@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from . import memory
-from .backend import Backend, CpuBackend, NoAcceleratorError, open_backend
+from .backend import Backend, CpuBackend, NoAcceleratorError, driver_version, open_backend
 from .policy import ComponentInfo, OffloadPolicy, WorkingSet
 from .profiles import profile_for
+from .rates import rates_for
 from .sizes import format_size
 from .version import version
 
@@ -66,7 +67,7 @@ def probe() -> dict[str, Any]:
             "name": backend.name,
             "kind": backend.kind,
             "rung": backend.rung,
-            "driver": _driver(),
+            "driver": driver_version(),
             "shared_memory": backend.shared_memory,
             "total": now.total,
             "free": now.free,
@@ -74,6 +75,7 @@ def probe() -> dict[str, Any]:
         }
         if found
         else None,
+        "rates": _rates(backend),
         "no_accelerator": clean(reason) if reason else None,
         "other_accelerators": list(backend.others),
         "ram": {
@@ -124,6 +126,9 @@ def _machine_lines(document: Mapping[str, Any]) -> list[str]:
         )
         if card["rung"] == "simulated":
             lines.append("It is simulated: its bytes are exact, its times are not those of a card.")
+        rates = document["rates"]
+        if rates is not None:
+            lines.append(f"Copies to it: {_rates_text(rates)}")
         if card["shared_memory"]:
             lines.append("It shares its memory with the host, so every mode becomes none.")
     if document["other_accelerators"]:
@@ -140,6 +145,29 @@ def _machine_lines(document: Mapping[str, Any]) -> list[str]:
     packages = (f"{name} {found or 'not installed'}" for name, found in document["packages"].items())
     lines.append(f"Packages: {', '.join(packages)}")
     return lines
+
+
+def _rates(backend: Backend) -> dict[str, Any] | None:
+    """Rates in bytes/s and seconds; None where nothing is copied. Measured ones are told, and not written down."""
+    if backend.shared_memory:
+        return None
+    found = rates_for(backend, keep=False)
+    return {
+        "h2d": found.h2d,
+        "h2d_pageable": found.h2d_pageable,
+        "copy_latency": found.copy_latency,
+        "source": found.source,
+        "link": backend.link(),
+    }
+
+
+def _rates_text(rates: Mapping[str, Any]) -> str:
+    source = {"measured": "measured now", "stored": "as stored", "assumed": "assumed: they could not be measured"}
+    return (
+        f"{rates['h2d'] / 1e9:.1f} GB/s from page-locked memory, {rates['h2d_pageable'] / 1e9:.1f} GB/s from pageable, "
+        f"{rates['copy_latency'] * 1e6:.1f} us for each ({source[rates['source']]}; "
+        f"link: {rates['link'] or 'not known'})"
+    )
 
 
 def _block(document: Mapping[str, Any]) -> list[str]:
@@ -167,18 +195,3 @@ def _simulator() -> dict[str, Any]:
         return {"available": False, "reason": "this package comes without it (the repository has it)"}
     possible, reason = simulator.available()
     return {"available": possible, "reason": clean(reason)}
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version; None without nvidia-ml-py or without such a card."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            version = pynvml.nvmlSystemGetDriverVersion()
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # the library's own errors, whatever a driver that half works may raise
-        return None
-    return version.decode() if isinstance(version, bytes) else str(version)

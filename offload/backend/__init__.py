@@ -7,9 +7,19 @@ import torch
 from .base import Backend, DeviceMemory, Mark, is_out_of_memory
 from .cpu import CpuBackend
 from .generic import AcceleratorBackend
+from .link import driver_version
 from .mps import MpsBackend
 
-__all__ = ["Backend", "CpuBackend", "DeviceMemory", "Mark", "NoAcceleratorError", "is_out_of_memory", "open_backend"]
+__all__ = [
+    "Backend",
+    "CpuBackend",
+    "DeviceMemory",
+    "Mark",
+    "NoAcceleratorError",
+    "driver_version",
+    "is_out_of_memory",
+    "open_backend",
+]
 
 
 class NoAcceleratorError(RuntimeError):

@@ -57,6 +57,15 @@ class Backend(Protocol):
 
     def memory(self) -> DeviceMemory: ...
 
+    def link(self) -> str | None:
+        """The bus between host and card, in words; None where the system does not tell, or there is none."""
+        ...
+
+    def link_rates(self) -> tuple[float, float, float] | None:
+        """(bytes/s from pinned memory, bytes/s from pageable memory, s per copy) where the device itself defines
+        them, as the simulated one does; None where they have to be measured."""
+        ...
+
     def peak_allocated(self) -> int:
         """Most bytes allocated at once since `reset_peak()`."""
         ...

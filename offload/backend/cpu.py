@@ -63,6 +63,12 @@ class CpuBackend:
         self._peak = max(self._peak, used)
         return DeviceMemory(free=int(system.available), total=int(system.total), allocated=used, reserved=used)
 
+    def link(self) -> str | None:
+        return None
+
+    def link_rates(self) -> tuple[float, float, float] | None:
+        return None
+
     def peak_allocated(self) -> int:
         self.memory()
         return self._peak

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from .base import DeviceMemory, Mark
+from .link import pci_link
 
 _REGISTER_FOR_ALL = 1  # cudaHostRegisterPortable: pinned for every card's context, as torch's own allocator has it
 SIMULATOR_MARK = "advance_host"  # only a device with a clock of its own can have its clock advanced
@@ -76,6 +77,15 @@ class AcceleratorBackend:
                 self._driver_tells = False
         total = int(self._properties().total_memory)
         return DeviceMemory(max(0, total - reserved), total, allocated, reserved)
+
+    def link(self) -> str | None:
+        return None if self.kind == "simulated" else pci_link(self._properties())
+
+    def link_rates(self) -> tuple[float, float, float] | None:
+        if self.kind != "simulated":
+            return None
+        clock = self._module.configuration()
+        return float(clock["h2d_pinned"]), float(clock["h2d_pageable"]), float(clock["copy_lat"])
 
     def peak_allocated(self) -> int:
         return int(self._module.max_memory_allocated(self.device))

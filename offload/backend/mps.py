@@ -84,6 +84,12 @@ class MpsBackend:
         self._peak = max(self._peak, allocated)
         return DeviceMemory(max(0, total - reserved), total, allocated, reserved)
 
+    def link(self) -> str | None:
+        return None
+
+    def link_rates(self) -> tuple[float, float, float] | None:
+        return None
+
     def peak_allocated(self) -> int:
         """The most that `memory` has seen: MPS keeps no peak of its own."""
         self.memory()

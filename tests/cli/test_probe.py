@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from balanced_offload.offload import probe as probes
+from balanced_offload.offload.backend.generic import AcceleratorBackend
 from balanced_offload.offload.probe import clean, probe, probe_text
 
 from .conftest import command
@@ -56,6 +57,7 @@ def test_with_torch_alone_and_no_accelerator(root: Path):
     assert document["schema"] == "offload-probe/1"
     assert document["accelerator"] is None
     assert "torch found none" in document["no_accelerator"]
+    assert document["rates"] is None
     assert document["profile"]["name"] is None
     assert document["profile"]["mode"] == "none"
     assert document["ram"]["total"] > document["ram"]["pinned_budget"] > 0
@@ -104,6 +106,28 @@ def test_a_small_card_takes_its_profile(sim: ModuleType):
     assert "Profile: up_to_4_gib, as the card has at most 4 GiB." in text
     assert "sequential:" in text
     assert "It is simulated" in text
+
+
+def test_the_rates_and_where_they_are_from(sim: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BALANCED_OFFLOAD_STATE", str(tmp_path))
+    sim.use_card("rtx4060-8g-pcie4x8")
+    rates = command("probe", "--json").document["rates"]
+    assert rates == {"h2d": 12.5e9, "h2d_pageable": 7e9, "copy_latency": 8e-6, "source": "stored", "link": None}
+    text = command("probe").out
+    assert text.count("12.5 GB/s from page-locked memory, 7.0 GB/s from pageable, 8.0 us for each (as stored") == 2
+    assert private(text.split("```text")[1]) == []
+
+
+def test_a_card_that_nobody_measured_is_measured_and_nothing_is_written(
+    sim: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BALANCED_OFFLOAD_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(AcceleratorBackend, "link_rates", lambda self: None)
+    sim.use_card("rtx4080-16g")
+    rates = command("probe", "--json").document["rates"]
+    assert rates["source"] == "measured" and rates["h2d"] == pytest.approx(24e9, rel=0.02)
+    assert "measured now" in command("probe").out
+    assert not (tmp_path / "state").exists()
 
 
 def test_json_to_a_file(tmp_path: Path):
