@@ -26,6 +26,7 @@ from .layout import lay_out
 SURE_STEPS = 6  # steps in which a bound that holds shows as a fixed point; in practice it takes two or three
 MOST_STEPS = 96  # steps until a steady state that is no bound has settled
 LONGEST_PERIOD = 4  # steps after which a settled state may recur
+INFINITE = float("inf")
 EXACT = 1e-12  # relative: what float sums of a step lose
 
 
@@ -121,11 +122,20 @@ class Schedule:
         copied = sum(self.nbytes[i] for i in flow)
         return StepTime(step, max(0.0, step - alone), self.compute_s, bound, copied)
 
-    def step(self, flow: Sequence[int], ring_bytes: int, *, wrap: bool = True) -> float:
-        """Seconds of a step that streams the positions `flow` (ascending, of more than 0 bytes)."""
+    def step(self, flow: Sequence[int], ring_bytes: int, *, wrap: bool = True, below: float = INFINITE) -> float:
+        """Seconds of a step that streams the positions `flow` (ascending, of more than 0 bytes).
+
+        `below`: only faster steps are asked for; infinite where it is not below that, which is known much sooner.
+        """
+        if self.floor(flow) >= below:
+            return INFINITE
         if not flow:
             return max(self.compute_s, self._chain(0, len(self))[2])
-        return _Run(self, flow, ring_bytes).step(wrap)
+        return _Run(self, flow, ring_bytes).step(wrap, below)
+
+    def stalls(self, flow: Sequence[int], ring_bytes: int, *, wrap: bool = True) -> list[float]:
+        """Seconds that compute waits for the copy of each position of `flow`, once the steps have settled."""
+        return _Run(self, flow, ring_bytes).stalls(wrap)
 
     def floor(self, flow: Sequence[int]) -> float:
         """The longest circuit that one engine closes: compute, copies with their latency, or the host."""
@@ -184,21 +194,28 @@ class _Run:
             self.letting[latest] += 1
             self.letting_own[latest] += at < count - self.ahead
 
-    def step(self, wrap: bool) -> float:
+    def step(self, wrap: bool, below: float) -> float:
         if not wrap:
             return self._cold()
         state = [0.0] * (self.ahead + 2)
-        slack = EXACT * self.floor
-        for _ in range(SURE_STEPS):
-            after = self._advance(state)
-            moved = False
-            for at, (old, new) in enumerate(zip(state, after, strict=True)):
-                if new - self.floor > old + slack:
-                    state[at] = new - self.floor
-                    moved = True
-            if not moved:  # no circuit is longer than the floor
-                return self.floor
+        if self._reaches(self.floor, state):
+            return self.floor
+        if below < INFINITE and not self._reaches(below, state):
+            return INFINITE
         return self._settle(state)
+
+    def _reaches(self, period: float, state: list[float]) -> bool:
+        """Whether no circuit takes longer than `period`: then times less a period per step stop growing."""
+        slack = EXACT * period
+        for _ in range(SURE_STEPS):
+            grown = False
+            for at, (old, new) in enumerate(zip(state, self._advance(state), strict=True)):
+                if new - period > old + slack:
+                    state[at] = new - period
+                    grown = True
+            if not grown:
+                return True
+        return False
 
     def _settle(self, state: list[float]) -> float:
         """Follow the steps until all that moves with the compute engine moves by the same time per step."""
@@ -213,18 +230,40 @@ class _Run:
             del past[: -1 - MOST_STEPS // 2]
         return max(self.floor, (past[-1][0] - past[0][0]) / (len(past) - 1))
 
+    def stalls(self, wrap: bool) -> list[float]:
+        if not wrap:
+            return self._waits(self._nothing(), self.letting_own)
+        state = [0.0] * (self.ahead + 2)
+        for _ in range(SURE_STEPS):
+            state = self._advance(state)
+        return self._waits(state, self.letting)
+
+    def _waits(self, state: Sequence[float], letting: Sequence[int]) -> list[float]:
+        waits: list[float] = []
+        self._advance(state, letting, waits)
+        return waits
+
     def _cold(self) -> float:
         """A single step, from nothing."""
+        return self._advance(self._nothing(), self.letting_own)[0]
+
+    def _nothing(self) -> list[float]:
+        """The state of a step that starts with no copy done: its first copies are issued when it begins."""
         pending: list[float] = []
         at = 0.0
         for seconds in self.copying[: self.ahead]:
             at += seconds
             pending.append(at)
         held = [end for end, held in zip(pending, self.held, strict=False) if held]
-        return self._advance([0.0, held[-1] if held else 0.0, *pending], self.letting_own)[0]
+        return [0.0, held[-1] if held else 0.0, *pending]
 
-    def _advance(self, state: Sequence[float], letting: Sequence[int] | None = None) -> list[float]:
-        """The state a step later: when compute is done, the host, and each copy that is ahead of the boundary."""
+    def _advance(
+        self, state: Sequence[float], letting: Sequence[int] | None = None, waits: list[float] | None = None
+    ) -> list[float]:
+        """The state a step later: when compute is done, the host, and each copy that is ahead of the boundary.
+
+        `waits` is filled with what compute waited for each copy.
+        """
         compute, host = state[0], state[1]
         done = list(state[2:])
         last = done[-1]
@@ -240,11 +279,13 @@ class _Run:
             zip(self.own, self.own_host, self.rest, self.rest_host, self.rest_longest, lets, strict=True)
         ):
             host += hook
-            start = done[unit]
-            if compute > start:
-                start = compute
-            if host > start:
-                start = host
+            start = compute if compute > host else host
+            if done[unit] > start:
+                if waits is not None:
+                    waits.append(done[unit] - start)
+                start = done[unit]
+            elif waits is not None:
+                waits.append(0.0)
             start += own
             host += own_host
             release = start if start > host else host

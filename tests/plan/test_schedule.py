@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from balanced_offload.offload.schedule import Piece, Rates, Schedule, predict_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from balanced_offload.offload.schedule import Piece, Rates, Schedule, predict_step
 
 from . import reference
 from .walks import flux, random_rates, random_walk
