@@ -11,15 +11,24 @@ from .build import (
     meta_denoiser,
     tiny,
 )
+from .inputs import Resolution, denoiser_inputs, parse_resolution
+from .walk import ModelWalk, UnitCost, pieces, walk
 
 __all__ = [
     "NAMES",
+    "ModelWalk",
+    "Resolution",
+    "UnitCost",
     "build_denoiser",
     "build_model",
     "build_pipeline",
     "call_arguments",
+    "denoiser_inputs",
     "denoiser_name",
     "load_spec",
     "meta_denoiser",
+    "parse_resolution",
+    "pieces",
     "tiny",
+    "walk",
 ]

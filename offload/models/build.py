@@ -102,7 +102,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 def denoiser_name(name: str) -> str:
     """Which component of the model is run in every step: "transformer" or "unet"."""
-    return next(component for component in load_spec(name)["components"] if component in _DENOISERS)
+    components: dict[str, Any] = load_spec(name)["components"]
+    return next(component for component in components if component in _DENOISERS)
 
 
 def build_denoiser(
@@ -154,7 +155,9 @@ def _merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pinned(module: nn.Module) -> nn.Module:
-    return module._apply(lambda tensor: tensor.pin_memory())
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.pin_memory()
+    return module
 
 
 def _construct(entry: dict[str, Any], config: dict[str, Any]) -> nn.Module:
