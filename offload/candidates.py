@@ -15,6 +15,7 @@ from .schedule import Rates
 
 BISECTIONS = 12
 MOST_STRETCH = 1e6
+TINY_SHARE = 0.01  # of all bytes: units that cost more time to start than to copy stay up to here
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,19 @@ def _bucket(choices: Sequence[Choice], ring: int, rate: float, extra: float, wra
                 kept += choice.nbytes
             level = min(most, level + rate * choice.compute_s)
     return keep, kept
+
+
+def tiny_units(sizes: Sequence[int], cost: float, room: float = float("inf")) -> set[int]:
+    """Positions of the units of at most `cost` bytes, the smallest first, up to a share of all bytes and to `room`:
+    what takes longer to start copying than to copy."""
+    left = min(TINY_SHARE * sum(sizes), room)
+    found: set[int] = set()
+    for at in sorted(range(len(sizes)), key=lambda at: sizes[at]):
+        if sizes[at] > min(cost, left):
+            break
+        found.add(at)
+        left -= sizes[at]
+    return found
 
 
 def fill(choices: Sequence[Choice], keep: Keep, room: int, order: Iterable[int]) -> Keep:

@@ -12,10 +12,10 @@ by fewer bytes in the ring, then by fewer bytes copied.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .candidates import Choice, families
+from .candidates import Choice, families, tiny_units
 from .schedule import Piece, Rates, Schedule, StepTime
 from .search import FEW, Board, Score, improve, laps
 from .sizes import format_size
@@ -24,7 +24,6 @@ from .units import ALIGNMENT
 RINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # ring sizes to try, in largest streamed units
 LARGEST_CLASSES = 2  # of the largest sizes, how many may stay whole for the sake of a smaller ring
 STARTS = 4  # placements that the search starts from on a short walk
-TINY_SHARE = 0.01  # units that cost more time to start than to copy stay, up to this share of the bytes
 CAUTION = 0.95  # of the measured rate: what a plan should bear without a loss
 EVEN = 1e-9  # relative: times that count as equal
 NEARLY = 1e-3
@@ -159,17 +158,9 @@ class _Planner:
                 yield name, base | {rest[at] for at in keep}
 
     def _tiny(self) -> frozenset[int]:
-        """Units that take longer to start copying than to copy, the smallest first, up to a share of all bytes."""
         cost = (self.rates.copy_latency + self.rates.hook) * self.rates.h2d
-        left = min(TINY_SHARE * self.board.total, self.board.room - max(self.board.sizes, default=0))
-        found: set[int] = set()
-        for at in sorted(range(len(self.choices)), key=lambda at: self.choices[at].nbytes):
-            nbytes = self.choices[at].nbytes
-            if nbytes > min(cost, left):
-                break
-            found.add(at)
-            left -= nbytes
-        return frozenset(found)
+        room = self.board.room - max(self.board.sizes, default=0)
+        return frozenset(tiny_units(self.board.sizes, cost, room))
 
     # ------------------------------------------------------------------ the best
     def _limit(self) -> float:
@@ -221,19 +212,8 @@ class _Planner:
         if self.best is None or self.best.ring == 0 or self.prefetch is not None:
             return
         best = self.best
-        flow = self.board.flow(best.keep)
-        sizes = [self.schedule.nbytes[p] for p in flow]
-        least = max(sizes)
-        rings = sorted({_even(sizes, least + (best.ring - least) * n // NOTCHES) for n in range(NOTCHES + 1)})
-        low, high = 0, len(rings) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._as_good(flow, rings[middle]):
-                high = middle
-            else:
-                low = middle + 1
-        if rings[low] < best.ring and self._as_good(flow, rings[low]):
-            self.best = dataclasses.replace(best, ring=rings[low])
+        ring = _smallest(self.schedule, self.board.flow(best.keep), best.ring, self._as_good)
+        self.best = dataclasses.replace(best, ring=ring)
         self._fill()
 
     def _as_good(self, flow: Sequence[int], ring: int) -> bool:
@@ -254,6 +234,33 @@ class _Planner:
                 left -= self.board.sizes[at]
         if keep != best.keep and self._as_good(self.board.flow(keep), best.ring):
             self.best = Score(frozenset(keep), best.ring, best.step)
+
+
+def smallest_ring(schedule: Schedule, flow: Sequence[int], most: int, *, wrap: bool = True) -> int:
+    """The smallest ring up to `most` bytes that streams the positions `flow` as fast as `most` does."""
+    limit = schedule.step(flow, most, wrap=wrap) * (1 + EVEN)
+
+    def as_good(flow: Sequence[int], ring: int) -> bool:
+        return schedule.step(flow, ring, wrap=wrap) <= limit
+
+    return _smallest(schedule, flow, most, as_good)
+
+
+def _smallest(schedule: Schedule, flow: Sequence[int], most: int, as_good: Callable[[Sequence[int], int], bool]) -> int:
+    """By bisection over rings whose laps come out even: a ring a little larger is rarely slower."""
+    sizes = [schedule.nbytes[p] for p in flow if schedule.nbytes[p]]
+    if not sizes:
+        return 0
+    least = max(sizes)
+    rings = sorted({_even(sizes, least + (most - least) * n // NOTCHES) for n in range(NOTCHES + 1)})
+    low, high = 0, len(rings) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if as_good(flow, rings[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return rings[low] if as_good(flow, rings[low]) else most
 
 
 def _compute(walk: Sequence[Piece], positions: Sequence[int]) -> float:

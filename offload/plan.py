@@ -1,26 +1,37 @@
-"""Which units stay, which flow. Invariant: a pure function of sizes and budget; the resident set is fixed for a stage.
+"""Which units stay, which flow. Invariant: a pure function of sizes, times and budget; a stage's resident set is fixed.
 
 What does not fit flows through the ring every forward, so what stays is chosen once: never by recency, which on a
-cyclic walk hits nothing. Streamed bytes are spread evenly over the execution order (error diffusion), so that the
-compute between two streamed units is the time to copy the next one.
+cyclic walk hits nothing. Where the time of each unit is known, the event model chooses (`placement`). Until then the
+streamed bytes are spread evenly over the execution order (error diffusion), so that the compute between two streamed
+units is about the time to copy the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .candidates import Choice, fill, interleaved, tiny_units
+from .placement import CannotFit, plan_walk, smallest_ring
+from .schedule import Piece, Rates, Schedule, StepTime
 from .sizes import format_size
 from .units import Component, Unit
+from .explain import plan_sentence
 
 MOST_GIANTS = 3  # units that are tried as residents for the sake of a smaller ring
 LOOKAHEAD_UNITS = 3  # ring size in largest streamed units: one in use, one arriving, one more to ride out the wrap
+SMALL_UNIT = 192 << 10  # bytes whose copy takes no longer than it takes to start it, on a common link
+Times = Sequence[tuple[int, float]]  # (unit index, seconds) in order of execution
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A resident set and a ring. Sizes are device bytes (each storage aligned)."""
+    """A resident set and a ring. Sizes are device bytes (each storage aligned), times seconds per forward.
+
+    `placement` names the family that the resident set came from. `step_s` is the predicted time of a forward, None
+    where the units' times are not known; `bound_s` is its floor, max(compute, streamed bytes / bandwidth).
+    """
 
     resident: frozenset[int]
     ring_bytes: int
@@ -29,6 +40,10 @@ class StagePlan:
     streamed_bytes: int
     sentence: str
     held_bytes: int = 0  # of units that are brought up beside the ring in every forward
+    placement: str = ""
+    step_s: float | None = None
+    bound_s: float | None = None
+    compute_s: float | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -49,17 +64,27 @@ def full_plan(component: Component) -> StagePlan:
     """Everything resident, nothing streamed."""
     nbytes = component.device_bytes
     everything = frozenset(u.index for u in component.units)
-    return StagePlan(everything, 0, False, nbytes, 0, f"{component.name}: all {format_size(nbytes)} resident")
+    sentence = f"{component.name}: all {format_size(nbytes)} resident"
+    return StagePlan(everything, 0, False, nbytes, 0, sentence, placement="resident")
 
 
 def sequential_plan(
-    component: Component, held: Iterable[int] = (), prefetch: int | None = None, ceiling: int | None = None
+    component: Component,
+    held: Iterable[int] = (),
+    prefetch: int | None = None,
+    ceiling: int | None = None,
+    *,
+    costs: Times | None = None,
+    rates: Rates | None = None,
+    own: Mapping[int, float] | None = None,
+    pageable: Collection[int] = (),
 ) -> StagePlan:
     """Nothing resident: leaf by leaf through a ring that holds the running leaf and the next ones.
 
     `held` units (ties, repeats, tensors of modules with children) are brought up once per forward, beside the ring.
     `ceiling` is what the ring and they may take, device bytes: the ring shrinks to one leaf, and where not even that
-    fits there is none, and each leaf has a buffer of its own for its call.
+    fits there is none, and each leaf has a buffer of its own for its call. With `costs` and `rates` (as in
+    `stream_plan`) the ring is the smallest that is as fast as the largest one allowed, and the time is predicted.
     """
     skip = set(held)
     flowing = [u.slot_bytes for u in component.units if u.index not in skip]
@@ -67,8 +92,56 @@ def sequential_plan(
     beside = nbytes - sum(flowing)
     options = _ring_options(flowing, prefetch)
     ring = next((r for r in options if ceiling is None or r + beside <= ceiling), 0)
-    sentence = f"{component.name}: streams {format_size(nbytes)} through {format_size(ring)}"
-    return StagePlan(frozenset(), ring, False, 0, nbytes, sentence, held_bytes=beside)
+    step: StepTime | None = None
+    if ring and costs is not None and rates is not None:
+        walk = _walk(component, costs, own, pageable)
+        schedule = Schedule(walk, rates)
+        here = {at for at, piece in enumerate(walk) if piece.index in skip or not piece.nbytes}
+        if prefetch is None:
+            ring = smallest_ring(schedule, [at for at in range(len(walk)) if at not in here], ring, wrap=False)
+        step = _with_held(schedule.predict(here, ring, wrap=False), component, skip, rates)
+    sentence = plan_sentence(component.name, nbytes, None, None, 0, nbytes, ring, step)
+    return _predicted(StagePlan(frozenset(), ring, False, 0, nbytes, sentence, beside, "sequential"), step)
+
+
+def _with_held(step: StepTime, component: Component, held: Collection[int], rates: Rates) -> StepTime:
+    """The step with the units in front of it that a forward brings up before it begins."""
+    sizes = [u.slot_bytes for u in component.units if u.index in held]
+    extra = sum(sizes) / rates.h2d
+    whole = step.step_s + extra + rates.copy_latency * len(sizes)
+    copies = (step.copied_bytes + sum(sizes)) / rates.h2d
+    return StepTime(
+        whole,
+        whole - step.step_s + step.stall_s,
+        step.compute_s,
+        max(step.bound_s, copies),
+        step.copied_bytes + sum(sizes),
+    )
+
+
+def _predicted(plan: StagePlan, step: StepTime | None) -> StagePlan:
+    if step is None:
+        return plan
+    return dataclasses.replace(plan, step_s=step.step_s, bound_s=step.bound_s, compute_s=step.compute_s)
+
+
+def _walk(
+    component: Component, costs: Times, own: Mapping[int, float] | None, pageable: Collection[int]
+) -> list[Piece]:
+    """The units of `costs` as pieces; what is not a unit of the component is left out."""
+    by_index = {u.index: u for u in component.units}
+    return [
+        Piece(
+            by_index[i].slot_bytes,
+            seconds,
+            i,
+            pinned=i not in pageable,
+            own_s=None if own is None else own.get(i),
+            tensors=max(1, len(by_index[i].storages)),
+        )
+        for i, seconds in costs
+        if i in by_index
+    ]
 
 
 def _ring_options(sizes: Sequence[int], prefetch: int | None) -> list[int]:
@@ -86,67 +159,143 @@ def stream_plan(
     held: Iterable[int] = (),
     prefetch: int | None = None,
     order: Sequence[int] | None = None,
+    *,
+    costs: Times | None = None,
+    rates: Rates | None = None,
+    own: Mapping[int, float] | None = None,
+    pageable: Collection[int] = (),
+    activations: int | None = None,
 ) -> StagePlan:
     """Keep what `budget` (device bytes, ring included) allows, stream the rest.
 
-    Units in `held` stay first: they cannot flow (ties, repeats, tensors used outside their module's forward). One or
-    a few giants may stay too, where that makes the ring smaller than it keeps from staying (an embedding table).
+    Units in `held` stay first: they cannot flow (ties, repeats, tensors used outside their module's forward).
     `order` is the order of execution as unit indexes, definition order where it is not known yet.
+
+    With `costs` (unit index and seconds, in order of execution) and `rates` the event model chooses what stays and
+    the ring, and predicts the time. `own` has the seconds until a unit's own forward ends, which is when its place in
+    the ring is free; `pageable` the units whose masters are not pinned. Units that `costs` lacks do not run: they get
+    what is left. `activations` only serves the sentence, bytes.
+
     Falls back to `sequential_plan` where the budget does not even hold a ring.
     """
     if component.device_bytes <= budget:
-        return full_plan(component)
+        return _predicted(full_plan(component), _whole(component, costs, rates))
+    held = list(held)
+    if costs is not None and rates is not None:
+        return _timed(
+            component, budget, held, prefetch, _walk(component, costs, own, pageable), rates, activations
+        ) or (sequential_plan(component, held, prefetch, budget, costs=costs, rates=rates, own=own, pageable=pageable))
+    return _untimed(component, budget, held, prefetch, order, activations) or (
+        sequential_plan(component, held, prefetch, budget)
+    )
+
+
+def _whole(component: Component, costs: Times | None, rates: Rates | None) -> StepTime | None:
+    if costs is None or rates is None:
+        return None
+    walk = _walk(component, costs, None, ())
+    return Schedule(walk, rates).predict(frozenset(range(len(walk))), 0)
+
+
+def _timed(
+    component: Component,
+    budget: int,
+    held: Iterable[int],
+    prefetch: int | None,
+    walk: Sequence[Piece],
+    rates: Rates,
+    activations: int | None,
+) -> StagePlan | None:
+    """The plan that the event model chooses, None where the budget holds no ring."""
+    sizes = {u.index: u.slot_bytes for u in component.units}
+    fixed = {i for i in held if i in sizes}
+    runs = {piece.index for piece in walk}
+    room = budget - sum(sizes[i] for i in fixed - runs)
+    try:
+        placed = plan_walk(walk, room, fixed, rates, prefetch)
+    except CannotFit:
+        return None
+    keep = set(placed.resident | fixed)
+    left = budget - sum(sizes[i] for i in keep) - placed.ring_bytes
+    for i in sorted(sizes.keys() - keep - runs, key=lambda i: -sizes[i]):
+        if sizes[i] <= left:
+            keep.add(i)
+            left -= sizes[i]
+    return _stage_plan(component, frozenset(keep), placed.ring_bytes, budget, activations, placed.name, placed.step)
+
+
+def _stage_plan(
+    component: Component,
+    keep: frozenset[int],
+    ring: int,
+    budget: int,
+    activations: int | None,
+    placement: str,
+    step: StepTime | None,
+) -> StagePlan:
+    resident = sum(u.slot_bytes for u in component.units if u.index in keep)
+    flowing = component.device_bytes - resident
+    sentence = plan_sentence(component.name, component.device_bytes, budget, activations, resident, flowing, ring, step)
+    return _predicted(StagePlan(keep, ring, True, resident, flowing, sentence, placement=placement), step)
+
+
+def _untimed(
+    component: Component,
+    budget: int,
+    held: Iterable[int],
+    prefetch: int | None,
+    order: Sequence[int] | None,
+    activations: int | None,
+) -> StagePlan | None:
+    """The even spread. Small units stay first; one or a few giants may stay too, where that makes the ring smaller
+    than it keeps from staying (an embedding table)."""
     by_index = {u.index: u for u in component.units}
     fixed = {i for i in held if i in by_index}
     walk = [by_index[i] for i in order if i in by_index] if order else []
     walked = {u.index for u in walk}
     walk += [u for u in component.units if u.index not in walked]
-    by_size = sorted((u for u in walk if u.index not in fixed), key=lambda u: -u.slot_bytes)
+    free = [u for u in walk if u.index not in fixed]
+    small = {free[at].index for at in tiny_units([u.slot_bytes for u in free], SMALL_UNIT)}
     best: tuple[int, int, frozenset[int]] | None = None  # resident bytes, ring, units that stay
     for lookahead in range(len(_ring_options([], prefetch))):
-        for giants in range(min(MOST_GIANTS, len(by_size)) + 1):
-            stay = fixed | {u.index for u in by_size[:giants]}
-            candidates = [u for u in walk if u.index not in stay]
-            ring = _ring_options([u.slot_bytes for u in candidates], prefetch)[lookahead]
-            room = budget - sum(by_index[i].slot_bytes for i in stay) - ring
-            if room < 0:
-                continue
-            keep = frozenset(_spread(candidates, room) | stay)
-            resident = sum(by_index[i].slot_bytes for i in keep)
-            if best is None or resident > best[0]:
-                best = (resident, ring, keep)
+        for base in (fixed | small, fixed):
+            for found in _spreads(
+                [u for u in walk if u.index not in base], base, by_index, budget, prefetch, lookahead
+            ):
+                if best is None or found[0] > best[0]:
+                    best = found
+            if best is not None:
+                break  # small units flow only where they leave no room for the ring
         if best is not None:
             break  # a shorter lookahead only where a longer one has no room: copies must overlap
     if best is None:
-        return sequential_plan(component, held, prefetch, budget)
+        return None
     resident, ring, keep = best
-    flowing = sum(u.slot_bytes for u in component.units if u.index not in keep)
-    ring = min(ring, flowing)
-    sentence = (
-        f"{component.name}: needs {format_size(component.device_bytes)}, {format_size(budget)} allowed: keeps "
-        f"{format_size(resident)}, streams {format_size(flowing)} through {format_size(ring)}"
+    return _stage_plan(
+        component, keep, min(ring, component.device_bytes - resident), budget, activations, "interleaved", None
     )
-    return StagePlan(keep, ring, True, resident, flowing, sentence)
 
 
-def _spread(candidates: Sequence[Unit], room: int) -> set[int]:
-    """The units to keep within `room` bytes, so that the streamed bytes are spread evenly over the walk."""
-    total = sum(u.slot_bytes for u in candidates)
-    if total == 0:
-        return set()
-    share = min(1.0, room / total)
-    keep: set[int] = set()
-    kept, due = 0, 0.0
-    for unit in candidates:
-        due += unit.slot_bytes * share
-        if kept + unit.slot_bytes <= min(due + unit.slot_bytes / 2, room):
-            keep.add(unit.index)
-            kept += unit.slot_bytes
-    for unit in sorted(candidates, key=lambda u: -u.slot_bytes):  # what rounding left over
-        if unit.index not in keep and kept + unit.slot_bytes <= room:
-            keep.add(unit.index)
-            kept += unit.slot_bytes
-    return keep
+def _spreads(
+    walk: Sequence[Unit],
+    base: set[int],
+    by_index: Mapping[int, Unit],
+    budget: int,
+    prefetch: int | None,
+    lookahead: int,
+) -> Iterable[tuple[int, int, frozenset[int]]]:
+    """Even spreads over `walk` beside `base`, each with a number of giants that stay: resident bytes, ring, units."""
+    by_size = sorted(walk, key=lambda u: -u.slot_bytes)
+    for giants in range(min(MOST_GIANTS, len(by_size)) + 1):
+        stay = base | {u.index for u in by_size[:giants]}
+        rest = [Choice(u.index, u.slot_bytes, u.slot_bytes, 0.0) for u in walk if u.index not in stay]
+        ring = _ring_options([c.nbytes for c in rest], prefetch)[lookahead]
+        room = budget - sum(by_index[i].slot_bytes for i in stay) - ring
+        if room < 0:
+            continue
+        largest_first = sorted(range(len(rest)), key=lambda at: -rest[at].nbytes)
+        keep = frozenset(rest[at].index for at in fill(rest, interleaved(rest, room), room, largest_first)) | stay
+        yield sum(by_index[i].slot_bytes for i in keep), ring, keep
 
 
 def units_to_free(component: Component, loaded: Iterable[int], nbytes: int) -> list[int]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from .layout import lay_out
 
 SURE_STEPS = 6  # steps in which a bound that holds shows as a fixed point; in practice it takes two or three
+QUICK_STEPS = 4  # the same for a limit that is not to be exceeded: beyond, it counts as exceeded
 MOST_STEPS = 96  # steps until a steady state that is no bound has settled
 LONGEST_PERIOD = 4  # steps after which a settled state may recur
 INFINITE = float("inf")
@@ -198,16 +199,19 @@ class _Run:
         if not wrap:
             return self._cold()
         state = [0.0] * (self.ahead + 2)
-        if self._reaches(self.floor, state):
-            return self.floor
-        if below < INFINITE and not self._reaches(below, state):
+        if below < INFINITE and not self._reaches(below, state, QUICK_STEPS):
             return INFINITE
+        if self._reaches(self.floor, state, SURE_STEPS):
+            return self.floor
         return self._settle(state)
 
-    def _reaches(self, period: float, state: list[float]) -> bool:
-        """Whether no circuit takes longer than `period`: then times less a period per step stop growing."""
+    def _reaches(self, period: float, state: list[float], steps: int) -> bool:
+        """Whether no circuit takes longer than `period`: then times less a period per step stop growing.
+
+        Within as many steps as a simple circuit may take, which is rarely more than two; `state` moves on.
+        """
         slack = EXACT * period
-        for _ in range(SURE_STEPS):
+        for _ in range(steps):
             grown = False
             for at, (old, new) in enumerate(zip(state, self._advance(state), strict=True)):
                 if new - period > old + slack:
