@@ -31,14 +31,14 @@ class Binding:
 
     __slots__ = (
         "_bound",
+        "_bound_now",
         "_counted",
-        "_homes",
+        "_downs",
         "_raws",
         "_refs",
         "_suspects",
-        "_tensors",
+        "_ups",
         "_versions",
-        "_views",
         "_weights",
     )
 
@@ -47,11 +47,13 @@ class Binding:
         self._weights = weights
         self._raws = {storage.index: part for storage, part in zip(storages, parts, strict=True)}
         self._refs = [ref for storage in storages for ref in storage.refs]
-        self._tensors = [ref.tensor for ref in self._refs]
-        self._views = [weights.view(self._raws[ref.storage], ref) for ref in self._refs]
-        self._homes = [view for storage in storages for view in weights.homes(storage)]
+        self._bound_now = weights.bound_now
+        tensors = [ref.tensor for ref in self._refs]
+        homes = [view for storage in storages for view in weights.homes(storage)]
+        self._ups = [(ref.tensor, weights.view(self._raws[ref.storage], ref)) for ref in self._refs]
+        self._downs = list(zip(tensors, homes, strict=True))
         # what was made in inference mode counts no writes, and running statistics are written without being counted
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
         self._suspects = [ref for ref in self._refs if ref.keeps_statistics]
         self._versions: list[int] = []
         self._bound = False
@@ -61,8 +63,8 @@ class Binding:
         # first, since an assignment to `.data` is no write: whatever interrupts this, `down` finds nothing to keep
         self._versions = [tensor._version for tensor in self._counted]
         self._bound = True
-        self._weights.bound_now.update(self._raws)
-        for tensor, view in zip(self._tensors, self._views, strict=True):
+        self._bound_now.update(self._raws)
+        for tensor, view in self._ups:
             tensor.data = view
 
     def down(self) -> None:
@@ -71,11 +73,10 @@ class Binding:
             return
         if self._suspects or self._versions != [tensor._version for tensor in self._counted]:
             self._keep_writes()
-        for tensor, home in zip(self._tensors, self._homes, strict=True):
+        for tensor, home in self._downs:
             tensor.data = home
-        bound = self._weights.bound_now
         for index in self._raws:
-            bound.pop(index, None)
+            self._bound_now.pop(index, None)
         self._bound = False
 
     def _keep_writes(self) -> None:

@@ -9,6 +9,7 @@ module's forward. They are *held*: brought up once per forward, and released whe
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -218,20 +219,12 @@ class StreamEngine:
 
     def _arm(self, unit: Unit) -> None:
         handles = self._hooks[unit.index] = []
-        handles.append(unit.module.register_forward_pre_hook(lambda module, args: self._before(unit)))
-        handles.append(unit.module.register_forward_hook(lambda module, args, output: self._after(unit)))
+        handles.append(unit.module.register_forward_pre_hook(functools.partial(self._before, unit)))
+        handles.append(unit.module.register_forward_hook(functools.partial(self._after, unit)))
 
-    def _before(self, unit: Unit) -> None:
-        if self._implicit is not None and unit.index not in self._implicit_units:
-            self._recover()  # that call raised, and nothing told us
-        if not self._open:
-            self._on_touch()
-            if unit.index not in self._hooks:
-                return  # the session made the component resident
-            self._implicit = unit
-            inside = {id(module) for module in unit.module.modules()}
-            self._implicit_units = {u.index for u in self.component.units if id(u.module) in inside}
-            self._open_forward(f"<{unit.name}>", wrap=False)
+    def _before(self, unit: Unit, *_: Any) -> None:
+        if (not self._open or self._implicit is not None) and not self._begin_part(unit):
+            return
         self._moving = True
         try:
             if unit.index in self.held_units:
@@ -241,7 +234,7 @@ class StreamEngine:
         finally:
             self._moving = False
 
-    def _after(self, unit: Unit) -> None:
+    def _after(self, unit: Unit, *_: Any) -> None:
         self._moving = True
         try:
             self.stream.give(unit)
@@ -249,6 +242,21 @@ class StreamEngine:
             self._moving = False
         if self._implicit is unit:
             self._close_forward()
+
+    def _begin_part(self, unit: Unit) -> bool:
+        """A unit is called from outside any entry point: its call is the forward. False if it is resident by now."""
+        if self._implicit is not None and unit.index not in self._implicit_units:
+            self._recover()  # that call raised, and nothing told us
+        if self._open:
+            return True
+        self._on_touch()
+        if unit.index not in self._hooks:
+            return False  # the session made the component resident
+        self._implicit = unit
+        inside = {id(module) for module in unit.module.modules()}
+        self._implicit_units = {u.index for u in self.component.units if id(u.module) in inside}
+        self._open_forward(f"<{unit.name}>", wrap=False)
+        return True
 
     # ------------------------------------------------------------------ a forward
     @contextlib.contextmanager

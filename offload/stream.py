@@ -26,7 +26,7 @@ from .ring import Ring, Slot
 from .units import Component, Storage, Unit, aligned
 from .weights import Weights
 
-
+NEVER = 1 << 62  # a place that no walk comes to
 MOST_TURNS = 4  # orders of execution whose slots are kept: a VAE's encode and decode, and a few more
 
 
@@ -70,6 +70,7 @@ class Stream:
         self._turns: list[tuple[list[int], list[Slot]]] = []  # orders for which slots were laid out in this ring
         self._laid_for: list[int] | None = None  # the one that the slots at hand are for
         self._base = self._place = self._issued = self._given = self._limit = 0
+        self._needed = NEVER  # the place whose release the next copy waits for
         self._early: set[int] = set()  # places given back before one in front of them
         self._ready: Any = None  # what the first copies wait for: whatever used these bytes before
         self._spots: list[tuple[int, Any]] = []  # while the order is not known: where units may lie, and since when
@@ -125,6 +126,7 @@ class Stream:
             self._lay(order.known)
         count = len(self._slots)
         self._limit = self._base + (2 * count if wrap else count)
+        self._look_ahead()
         self._pump()
 
     def _lay(self, known: list[int]) -> None:
@@ -188,7 +190,12 @@ class Stream:
         assert order is not None
         order.seen.append(index)
         slot = self._by_unit.get(index)
-        slot = self._reach(slot) if slot is not None else self._on_the_spot(unit)
+        if slot is None:
+            slot = self._on_the_spot(unit)
+        elif self._base + slot.at == self._place < self._issued:  # as foreseen
+            self._place += 1
+        else:
+            slot = self._reach(slot)
         if slot is None:
             self._live[index] = self.copy_aside(unit.storages, unit.slot_bytes)
             return
@@ -217,14 +224,20 @@ class Stream:
         place.released.record(self._compute)
         if place.at < 0:
             self._spots[-1 - place.at] = (place.start, place.released)
+            return
+        here = self._base + place.at
+        if here == self._given and not self._early:
+            self._given = here + 1
         else:
-            self._give_back(self._base + place.at)
+            self._give_back(here)
+        if self._needed < self._given:
             self._pump()
 
     def forget(self) -> None:
         """Discard what was copied ahead. Copies that are under way are no danger: later ones come behind them."""
         self._slots, self._by_unit, self._laid_for, self._spots = [], {}, None, []
         self._base = self._place = self._issued = self._given = self._limit = self._next_spot = 0
+        self._needed = NEVER
         self._early.clear()
 
     # ------------------------------------------------------------------ beside the ring
@@ -271,6 +284,7 @@ class Stream:
         came before it; the copy, if it is under way, comes before the next one into these bytes."""
         self._slots[place % len(self._slots)].released.record(self._compute)
         self._issued = max(self._issued, place + 1)
+        self._look_ahead()
         self._place = place + 1
         self._give_back(place)
 
@@ -279,21 +293,45 @@ class Stream:
             self._early.add(place)
             return
         self._given += 1
-        while self._given in self._early:  # given back before its turn: what waits for it waits for the others too
+        while self._early and self._given in self._early:  # given back before its turn: what waits for it waits for the others too
             self._early.remove(self._given)
             self._slots[self._given % len(self._slots)].released.record(self._compute)
             self._given += 1
 
+    def _look_ahead(self) -> None:
+        """What the next copy waits for."""
+        if self._issued < self._limit:
+            slot = self._slots[self._issued % len(self._slots)]
+            self._needed = self._issued - slot.at + slot.after
+        else:
+            self._needed = NEVER
+
     def _pump(self) -> None:
         """Start the copies that come next, as far as what lay in their bytes was given back."""
-        slots, count = self._slots, len(self._slots)
-        while self._issued < self._limit:
-            at = self._issued % count
-            needed = self._issued - at + slots[at].after
-            if needed >= self._given:
-                return
-            self._copy(slots[at], slots[needed % count].released if needed >= 0 else self._ready)
-            self._issued += 1
+        if self._needed >= self._given:
+            return
+        slots, count, stream = self._slots, len(self._slots), self._copy_stream
+        timed = self._ledger.active or self.watched is not None
+        if not timed:
+            self._backend.set_stream(stream)
+        try:
+            while self._needed < self._given:
+                slot = slots[self._issued % count]
+                after = slots[self._needed % count].released if self._needed >= 0 else self._ready
+                if timed:
+                    self._timed_copy(slot, after)
+                else:
+                    stream.wait_event(after)
+                    for target, source in slot.copies:
+                        target.copy_(source, non_blocking=True)
+                    slot.copied.record(stream)
+                    self._ledger.total_moves += len(slot.copies)
+                    self._ledger.total_bytes_h2d += slot.nbytes
+                self._issued += 1
+                self._look_ahead()
+        finally:
+            if not timed:
+                self._backend.set_stream(self._compute)
 
     def _on_the_spot(self, unit: Unit) -> Slot | None:
         """Nobody foresaw this unit: copy it now, into a spot of the ring if there is one that is free."""
@@ -307,24 +345,11 @@ class Stream:
         self._next_spot += 1
         slot = self.ring.spot(unit, number, start, self._weights)
         self._spots[number] = (start, None)
-        self._copy(slot, released)
+        self._timed_copy(slot, released)
         return slot
 
-    def _copy(self, slot: Slot, after: Any) -> None:
-        stream = self._copy_stream
-        if self._ledger.active or self.watched is not None:
-            self._timed_copy(slot, after)
-            return
-        stream.wait_event(after)
-        with self._backend.on_stream(stream):
-            for target, source in slot.copies:
-                target.copy_(source, non_blocking=True)
-        slot.copied.record(stream)
-        self._ledger.total_moves += len(slot.copies)
-        self._ledger.total_bytes_h2d += slot.nbytes
-
     def _timed_copy(self, slot: Slot, after: Any) -> None:
-        """The same with marks around it, for whoever wants to know how long it takes."""
+        """Fill a slot, with marks around the copy for whoever wants to know how long it takes."""
         # a copy from pageable memory holds the host: what the device waits meanwhile is a stall
         blocked = contextlib.nullcontext() if slot.pinned else self._ledger.wait("stall")
         with blocked, self._backend.on_stream(self._copy_stream):

@@ -53,7 +53,7 @@ def test_a_copy_waits_for_all_that_lay_in_its_bytes(walk: tuple[list[int], int])
     sizes, capacity = walk
     layout = lay_out(sizes, capacity)
     count = len(sizes)
-    assert all(0 <= start and start + size <= capacity for start, size in zip(layout.starts, sizes, strict=True))
+    assert all(start >= 0 and start + size <= capacity for start, size in zip(layout.starts, sizes, strict=True))
     waits = [step * count + after for step in range(STEPS) for after in layout.after]
     for place, before in enumerate(tenants(sizes, layout)):
         assert waits[place] < place, "it waits for itself, or for what comes later"
