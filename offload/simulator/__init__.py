@@ -7,11 +7,13 @@ It is for development, the demo and benchmarks. Nothing under ``nodes/`` may imp
 leaves it out. Its times are simulated: they rank strategies, they do not predict a card's milliseconds.
 
 What it does not see or model:
-- races on host memory: a pinned source overwritten before its copy is done, a result read before it came down;
+- races on host memory: a pinned source overwritten before its copy is done, a result read before it came down
+  (registered memory that is let go under a copy is seen);
 - the allocator's cache and fragmentation, and the scratch memory of kernels;
 - kernels that run beside each other, and hardware queues that reorder copies: each engine works in queueing order;
 - the copies that CUDA makes for CPU index tensors and CPU scalars;
-- values in ghost mode: what is skipped holds no meaningful numbers, so nothing may branch on them.
+- values in ghost mode: what is skipped holds no meaningful numbers, so nothing may branch on them. That goes for CPU
+  tensors too: every copy between them above the limit is skipped, also those inside a CPU operation.
 """
 
 from __future__ import annotations

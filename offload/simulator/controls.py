@@ -95,7 +95,9 @@ def configure(**options: float) -> None:
     flops16, flops32 (FLOP/s), launch, copy_lat, kernel_min, sync_lat, query_lat (s). Switches: trace, copy_log,
     strict_races (raise at the racing operation; frees are only counted, since a deallocation must not raise),
     python_time with python_scale (the calling thread's CPU time between device calls advances the host clock).
-    copy_log_limit in entries. ghost in bytes: operations touching more do no arithmetic; 0 turns it off.
+    copy_log_limit in entries. ghost in bytes: operations touching more do no arithmetic, and copies between CPU
+    tensors larger than that touch no memory and take bytes / host_memcpy of the host's time; 0 turns it off.
+    pin_limit in bytes: page-locking more host memory than that is refused; 0 is no limit.
 
     Raises:
         KeyError: for an unknown option; options before it have been set.
@@ -107,6 +109,65 @@ def configure(**options: float) -> None:
 def configuration() -> dict[str, float]:
     """Every option with its present value; may be handed back to ``configure``."""
     return native.options()
+
+
+def host_register(address: int, nbytes: int) -> bool:
+    """Page-locks existing host memory where it lies, as ``cudaHostRegister`` does: no copy, no rounding.
+
+    Until ``host_unregister`` the range counts as pinned for copies that lie wholly inside it, and for
+    ``Tensor.is_pinned()``, which asks about the first byte of the tensor's storage, on every device. The host spends
+    nbytes / host_memcpy on it. Unregister it before the memory is freed: the range stays pinned otherwise.
+
+    Returns False, and changes nothing, when a byte of the range is page-locked already, or past ``pin_limit``, or when
+    ``refuse_pinning`` asks for it. ValueError for a range that cannot be one.
+    """
+    if address <= 0 or nbytes <= 0:
+        raise ValueError(f"host memory to register needs an address and a size above 0, not {address} and {nbytes}")
+    return bool(native.library().sim_host_register(int(address), int(nbytes)))
+
+
+def host_unregister(address: int) -> bool:
+    """Ends what ``host_register`` did at this address; False when no registered range begins there.
+
+    Nothing waits: while a copy from or to the range is under way, this counts as a race.
+    """
+    return bool(native.library().sim_host_unregister(int(address)))
+
+
+def delay_copy(after: int, factor: float) -> None:
+    """Makes one copy ``factor`` times as long: the one that follows the next ``after`` entries of the copy log.
+
+    Like every fault, it strikes once, then counts in ``counters()["faults"]``; arming it again replaces what was
+    pending, and ``reset_clock`` disarms it.
+    """
+    _check_after(after)
+    if factor < 0:
+        raise ValueError(f"the factor of a delayed copy must be 0 or more, not {factor}")
+    native.library().sim_delay_copy(int(after), float(factor))
+
+
+def refuse_allocation(after: int) -> None:
+    """Raises ``torch.OutOfMemoryError`` once, for the device storage that follows the next ``after`` ones.
+
+    The results of kernels are storages too. See ``delay_copy`` for what all faults share.
+    """
+    _check_after(after)
+    native.library().sim_refuse_allocation(int(after))
+
+
+def refuse_pinning(after: int) -> None:
+    """Refuses to page-lock once, after ``after`` more pinned allocations or registrations.
+
+    An allocation raises ``torch.AcceleratorError`` (a RuntimeError), a registration returns False, as both do past
+    ``pin_limit``. See ``delay_copy`` for what all faults share.
+    """
+    _check_after(after)
+    native.library().sim_refuse_pinning(int(after))
+
+
+def _check_after(after: int) -> None:
+    if after < 0:
+        raise ValueError(f"the number of cases that pass before a fault must be 0 or more, not {after}")
 
 
 def clock() -> float:
@@ -125,12 +186,29 @@ def advance_host(seconds: float) -> None:
 
 
 def reset_clock() -> None:
-    """Waits for everything, then restarts time, per-run counters and trace at zero. The copy log stays."""
+    """Waits for everything, then restarts time, per-run counters and trace at zero, and disarms all faults.
+
+    The copy log stays.
+    """
     native.library().sim_reset_clock()
 
 
 def counters() -> dict[str, float]:
-    """Counts since ``reset_clock`` (ops, h2d, d2h, their bytes, flops, seconds busy per engine) and present figures."""
+    """What was counted since ``reset_clock``, and present figures.
+
+    Since ``reset_clock``: ops (kernels), h2d, d2h, h2d_bytes, d2h_bytes, flops, busy_compute, busy_h2d, busy_d2h
+    (seconds for which an engine worked), trace (entries), and
+    - host_syncs: calls in which the host waits for the device. Synchronising a device, a stream or an event that was
+      recorded, whether or not it is done already; copies that block, as every pageable one does; ``.item()``; kernels
+      whose result's size the host needs (``nonzero``, indexing with a mask); an allocation that waits for memory in
+      use. A query is none.
+    - allocations: device storages made, those for the results of kernels included; views are none.
+    - faults: faults that struck (``delay_copy``, ``refuse_allocation``, ``refuse_pinning``).
+
+    Since ``clear_copy_log``: copies (entries), copies_dropped, logged_h2d, logged_d2h, logged_h2d_bytes,
+    logged_d2h_bytes. Since ``clear_races``: races. Present: pinned (bytes of host memory page-locked now, allocated or
+    registered), streams. Since ``reset_peak_memory_stats``: pinned_peak.
+    """
     return {**native.counters(), **native.engine_counters()}
 
 

@@ -245,4 +245,5 @@ def test_every_op_with_two_kernels_runs_the_cpu_one(vram: ModuleType) -> None:
     both = set(registrations("CPU")) & set(registrations("CompositeExplicitAutograd"))
     ours = set(registrations("PrivateUse1"))
     assert both, "torch no longer lists registrations: this test sees nothing"
-    assert both - ours == set()
+    # copy_ on the CPU is the simulator's own entry, which calls the composite kernel (test_ghost_host.py)
+    assert both - ours == {"aten::copy_"}

@@ -44,6 +44,16 @@ void wait_for_all_streams() {
   for (size_t i = 0; i < state().streams.size(); i++) wait_for_stream(int64_t(i));
 }
 
+void hold_host_for_stream(int64_t stream) {
+  state().counters.host_syncs++;
+  wait_for_stream(stream);
+}
+
+void hold_host_for_all_streams() {
+  state().counters.host_syncs++;
+  wait_for_all_streams();
+}
+
 void reset_clock() {
   State& s = state();
   wait_for_all_streams();
@@ -56,6 +66,7 @@ void reset_clock() {
   s.compute = s.h2d = s.d2h = Engine{};
   s.counters = Counters{};
   s.trace.clear();
+  s.faults = Faults{};
   s.clock_generation++;
 }
 
@@ -93,6 +104,8 @@ DeviceCall::DeviceCall() {
     s.host += std::max(0.0, thread_cpu_seconds() - mine.left_at) * s.config.python_scale;
   }
 }
+
+bool DeviceCall::active() { return thread_time().depth > 0; }
 
 DeviceCall::~DeviceCall() {
   ThreadTime& mine = thread_time();

@@ -18,7 +18,11 @@ Interval enqueue(int64_t stream, double duration, Engine& engine, const char* na
 void wait_for_stream(int64_t stream);
 void wait_for_all_streams();
 
-// Restarts time at zero. Counts as a synchronisation of everything.
+// The same for a call that a program makes: counted in host_syncs.
+void hold_host_for_stream(int64_t stream);
+void hold_host_for_all_streams();
+
+// Restarts time at zero and disarms faults. Orders everything as a synchronisation does, but is not counted as one.
 void reset_clock();
 
 // Marks the time that the calling thread spends inside the simulator. With the option python_time, the thread's CPU
@@ -28,6 +32,8 @@ class DeviceCall {
  public:
   DeviceCall();
   ~DeviceCall();
+  // Whether the calling thread is inside one: then CPU kernels stand in for the device.
+  static bool active();
   DeviceCall(const DeviceCall&) = delete;
   DeviceCall& operator=(const DeviceCall&) = delete;
 };

@@ -1,6 +1,7 @@
 // The control surface that Python calls through ctypes: plain C functions, so one build serves every Python version.
 #include "clock.h"
 #include "memory.h"
+#include "pinned.h"
 #include "runtime.h"
 
 #include <algorithm>
@@ -32,6 +33,7 @@ constexpr Option kOptions[] = {
     {"strict_races", &Config::strict_races},
     {"trace", &Config::trace},
     {"ghost", &Config::ghost},
+    {"pin_limit", &Config::pin_limit},
     {"copy_log", &Config::copy_log},
     {"copy_log_limit", &Config::copy_log_limit},
     {"python_time", &Config::python_time},
@@ -51,6 +53,9 @@ std::vector<IntegerCounter> integer_counters() {
           {"d2h", s.counters.d2h},
           {"h2d_bytes", s.counters.h2d_bytes},
           {"d2h_bytes", s.counters.d2h_bytes},
+          {"host_syncs", s.counters.host_syncs},
+          {"allocations", s.counters.allocations},
+          {"faults", s.counters.faults},
           {"races", s.races},
           {"pinned", s.pinned},
           {"pinned_peak", s.pinned_peak},
@@ -95,6 +100,33 @@ CONTROL void sim_set_others(int64_t bytes) {
 CONTROL int64_t sim_others() {
   const Lock lock(state().mutex);
   return state().others;
+}
+
+// Page-locking of host memory that lies anywhere. 1: done, 0: refused.
+CONTROL int sim_host_register(int64_t address, int64_t bytes) {
+  const DeviceCall call;
+  return sim::host_register(uintptr_t(address), size_t(bytes));
+}
+
+CONTROL int sim_host_unregister(int64_t address) {
+  const DeviceCall call;
+  return sim::host_unregister(uintptr_t(address));
+}
+
+// Faults. Each lets `after` cases pass and strikes once; a negative `after` disarms it.
+CONTROL void sim_delay_copy(int64_t after, double factor) {
+  const Lock lock(state().mutex);
+  state().faults.delay_copy = {after, factor};
+}
+
+CONTROL void sim_refuse_allocation(int64_t after) {
+  const Lock lock(state().mutex);
+  state().faults.refuse_allocation = {after};
+}
+
+CONTROL void sim_refuse_pinning(int64_t after) {
+  const Lock lock(state().mutex);
+  state().faults.refuse_pinning = {after};
 }
 
 // The clock, in seconds.

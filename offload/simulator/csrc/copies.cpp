@@ -1,5 +1,10 @@
 #include "copies.h"
 
+#include "faults.h"
+#include "pinned.h"
+
+#include <algorithm>
+
 namespace sim {
 
 namespace {
@@ -38,9 +43,11 @@ void charge_transfer(const Transfer& transfer, double rate) {
   (transfer.to_device ? counters.h2d : counters.d2h) += 1;
   (transfer.to_device ? counters.h2d_bytes : counters.d2h_bytes) += transfer.bytes;
   const int64_t stream = current_stream();
-  const double duration = s.config.copy_lat + double(transfer.bytes) / rate;
+  double duration = s.config.copy_lat + double(transfer.bytes) / rate;
+  if (strikes(s.faults.delay_copy)) duration *= s.faults.delay_copy.factor;
   Engine& engine = transfer.to_device ? s.h2d : s.d2h;
   const Interval when = enqueue(stream, duration, engine, transfer.name, transfer.bytes, 0);
+  if (transfer.pinned) use_pinned(transfer.host, when.end);
   log_copy(transfer, stream, when);
   touch(transfer.device, stream, /*write=*/transfer.to_device, transfer.name);
 }
@@ -57,7 +64,7 @@ bool one_run(const Tensor& a, const Tensor& b) {
 
 Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) {
   const DeviceCall call;
-  const bool ghost = is_ghost(bytes_of(source));
+  const bool ghost = is_ghost(std::max(bytes_of(source), bytes_of(target)));
   if (!ghost) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor to = target.is_privateuseone() ? host_alias(target) : target;
@@ -73,7 +80,8 @@ Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) 
   const bool to_device = target.is_privateuseone();
   const Tensor& device = to_device ? target : source;
   const Tensor& host = to_device ? source : target;
-  const bool pinned = host.numel() > 0 && is_pinned(host.const_data_ptr()) && one_run(source, target);
+  const bool pinned = host.numel() > 0 && one_run(source, target) &&
+                      is_pinned(host.const_data_ptr(), size_t(bytes_of(host)));
   const Config& c = s.config;
   const double rate = to_device ? (pinned ? c.h2d_pinned : c.h2d_pageable) : (pinned ? c.d2h_pinned : c.d2h_pageable);
   const char* name = to_device ? (pinned ? "h2d_pinned" : "h2d_pageable") : (pinned ? "d2h_pinned" : "d2h_pageable");
@@ -81,7 +89,7 @@ Tensor copy_from(const Tensor& source, const Tensor& target, bool non_blocking) 
                           host.const_data_ptr(), device,                    name};
   charge_transfer(transfer, rate);
   // A pageable copy is staged by the calling thread, so it holds the host whatever it was asked.
-  if (!non_blocking || !pinned) wait_for_stream(current_stream());
+  if (!non_blocking || !pinned) hold_host_for_stream(current_stream());
   return target;
 }
 
@@ -98,7 +106,7 @@ at::Scalar read_scalar(const Tensor& tensor) {
     const Lock lock(s.mutex);
     charge_transfer({false, int64_t(tensor.element_size()), false, false, nullptr, tensor, "item"},
                     s.config.d2h_pageable);
-    wait_for_stream(current_stream());
+    hold_host_for_stream(current_stream());
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return host.item();

@@ -52,6 +52,18 @@ bool needs_value_on_host(const std::string& op, const std::vector<Tensor>& argum
                      [](const Tensor& index) { return index.scalar_type() == at::kBool; });
 }
 
+namespace {
+
+// Beyond those, writing several values through a mask first counts its ones; one value is filled in without.
+bool holds_host(const std::string& op, const std::vector<Tensor>& arguments) {
+  if (needs_value_on_host(op, arguments)) return true;
+  if (op != "aten::_index_put_impl_" || arguments.size() < 3 || arguments.back().numel() == 1) return false;
+  return std::any_of(arguments.begin() + 1, arguments.end() - 1,
+                     [](const Tensor& index) { return index.scalar_type() == at::kBool; });
+}
+
+}  // namespace
+
 void charge_kernel(const std::string& op, const KernelTensors& tensors) {
   State& s = state();
   const Lock lock(s.mutex);
@@ -81,7 +93,7 @@ void charge_kernel(const std::string& op, const KernelTensors& tensors) {
     });
     if (!view) touch(output, stream, /*write=*/true, op.c_str());
   }
-  if (needs_value_on_host(op, tensors.arguments)) wait_for_stream(stream);
+  if (holds_host(op, tensors.arguments)) hold_host_for_stream(stream);
 }
 
 }  // namespace sim

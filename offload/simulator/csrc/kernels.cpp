@@ -1,5 +1,6 @@
 // Operations that need more than the fallback, and the registration of everything with torch's dispatcher.
 #include "copies.h"
+#include "host_copies.h"
 #include "runtime.h"
 
 #include <ATen/EmptyTensor.h>
@@ -159,6 +160,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
 }
+
+// torch registers copy_ for every device at once, so the place of the CPU alone is free.
+TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 

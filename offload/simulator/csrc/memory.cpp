@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include "clock.h"
+#include "faults.h"
 
 #include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
@@ -15,14 +16,6 @@ constexpr size_t kAll = 0;  // index of the aggregate in torch's statistics
 constexpr size_t kGranularity = 512;
 
 size_t rounded_up(size_t bytes) { return (bytes + kGranularity - 1) / kGranularity * kGranularity; }
-
-// Ghost storages are mapped, not allocated: the kernel provides pages on first touch, and nothing touches them.
-void* map_memory(size_t bytes) {
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK_WITH(OutOfMemoryError, data != MAP_FAILED, "simulated accelerator: the host cannot map ", bytes,
-                   " bytes");
-  return data;
-}
 
 void give_back(int64_t bytes) {
   auto& stats = state().stats;
@@ -40,18 +33,19 @@ void account(size_t bytes) {
   State& s = state();
   const auto rounded = int64_t(rounded_up(bytes));
   settle_deferred_frees();
-  if (rounded > free_bytes() && !s.deferred.empty()) {  // as CUDA's allocator: synchronise, then try again
+  const bool refused = strikes(s.faults.refuse_allocation);
+  if (!refused && rounded > free_bytes() && !s.deferred.empty()) {  // as CUDA's allocator: synchronise, then try again
     s.stats.num_alloc_retries++;
     s.stats.num_sync_all_streams++;
-    wait_for_all_streams();
+    hold_host_for_all_streams();
     settle_deferred_frees();
   }
-  if (rounded > free_bytes()) {
+  if (refused || rounded > free_bytes()) {
     s.stats.num_ooms++;
     TORCH_CHECK_WITH(OutOfMemoryError, false, "simulated accelerator out of memory. Tried to allocate ", bytes,
                      " bytes. Capacity ", s.capacity, ", of which ", std::max<int64_t>(0, free_bytes()),
                      " free; allocated ", s.stats.allocated_bytes[kAll].current, ", taken by other programs ",
-                     s.others, ".");
+                     s.others, ".", refused ? " Refused on request (refuse_allocation)." : "");
   }
   s.stats.allocated_bytes[kAll].increase(size_t(rounded));
   s.stats.active_bytes[kAll].increase(size_t(rounded));
@@ -60,6 +54,7 @@ void account(size_t bytes) {
   s.stats.allocation[kAll].increase(1);
   s.stats.active[kAll].increase(1);
   s.stats.num_device_alloc++;
+  s.counters.allocations++;
 }
 
 void free_block(void* context) {
@@ -139,6 +134,7 @@ class DeviceMemory final : public c10::DeviceAllocator {
     const Lock lock(state().mutex);
     settle_deferred_frees();
     for (auto* stat : all_stats()) (*stat)[kAll].reset_peak();
+    state().pinned_peak = state().pinned;
   }
 
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
@@ -155,57 +151,20 @@ class DeviceMemory final : public c10::DeviceAllocator {
   }
 };
 
-size_t forget_pinned(void* data) {
-  State& s = state();
-  const Lock lock(s.mutex);
-  const auto it = s.pinned_ranges.find(uintptr_t(data));
-  const size_t bytes = it->second;
-  s.pinned -= int64_t(bytes);
-  s.pinned_ranges.erase(it);
-  return bytes;
-}
-
-void free_pinned(void* data) {
-  forget_pinned(data);
-  c10::free_cpu(data);
-}
-
-void free_mapped_pinned(void* data) { munmap(data, forget_pinned(data)); }
-
-class PinnedMemory final : public at::HostAllocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    const DeviceCall call;
-    if (bytes == 0) return {nullptr, nullptr, &c10::detail::deleteNothing, c10::Device(at::kCPU)};
-    const bool mapped = is_ghost(double(bytes));
-    void* data = mapped ? map_memory(bytes) : c10::alloc_cpu(bytes);
-    State& s = state();
-    const Lock lock(s.mutex);
-    s.pinned_ranges[uintptr_t(data)] = bytes;
-    s.pinned += int64_t(bytes);
-    s.pinned_peak = std::max(s.pinned_peak, s.pinned);
-    s.host += double(bytes) / s.config.host_memcpy;  // the kernel locks and clears every page
-    return {data, data, mapped ? &free_mapped_pinned : &free_pinned, c10::Device(at::kCPU)};
-  }
-
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { memcpy(to, from, bytes); }
-  bool record_event(void*, void*, c10::Stream) override { return true; }
-  void empty_cache() override {}
-  at::HostStats get_stats() override { return {}; }
-  void reset_accumulated_stats() override {}
-  void reset_peak_stats() override {}
-};
-
 DeviceMemory* g_device_memory = new DeviceMemory;
-PinnedMemory* g_pinned_memory = new PinnedMemory;
 
 REGISTER_ALLOCATOR(kPrivateUse1, g_device_memory);
 
 }  // namespace
 
+void* map_memory(size_t bytes) {
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, data != MAP_FAILED, "simulated accelerator: the host cannot map ", bytes,
+                   " bytes");
+  return data;
+}
+
 c10::DeviceAllocator* device_allocator() { return g_device_memory; }
-at::HostAllocator* pinned_allocator() { return g_pinned_memory; }
 
 c10::DataPtr make_block(void* data, size_t bytes, c10::DataPtr owned) {
   State& s = state();
@@ -242,15 +201,6 @@ void settle_deferred_frees() {
     return true;
   };
   s.deferred.erase(std::remove_if(s.deferred.begin(), s.deferred.end(), passed), s.deferred.end());
-}
-
-bool is_pinned(const void* pointer) {
-  const Lock lock(state().mutex);
-  auto& ranges = state().pinned_ranges;
-  auto it = ranges.upper_bound(uintptr_t(pointer));
-  if (it == ranges.begin()) return false;
-  --it;
-  return uintptr_t(pointer) < it->first + it->second;
 }
 
 }  // namespace sim

@@ -1,9 +1,7 @@
-// Device memory with a capacity and exact statistics, and pinned host memory.
+// Device memory with a capacity and exact statistics.
 #pragma once
 
 #include "races.h"
-
-#include <ATen/core/CachingHostAllocator.h>
 
 namespace sim {
 
@@ -32,9 +30,9 @@ void touch(const Tensor& tensor, int64_t stream, bool write, const char* op);
 // Gives back deferred frees whose virtual time has passed.
 void settle_deferred_frees();
 
-bool is_pinned(const void* pointer);
+// Ghost storages are mapped, not allocated: the kernel provides pages on first touch, and nothing touches them.
+void* map_memory(size_t bytes);
 
 c10::DeviceAllocator* device_allocator();
-at::HostAllocator* pinned_allocator();
 
 }  // namespace sim

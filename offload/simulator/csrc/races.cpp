@@ -9,17 +9,17 @@ namespace {
 // Only reached by storages cut into very many pieces that are in flight all at once.
 constexpr size_t kMaxRanges = size_t(1) << 16;
 
-void count_race(const std::string& message) {
-  state().races++;
-  state().last_race = message;
-}
-
 void report_race(const std::string& message) {
   count_race(message);
   TORCH_CHECK(state().config.strict_races == 0, "simulated accelerator: race: ", message);
 }
 
 }  // namespace
+
+void count_race(const std::string& message) {
+  state().races++;
+  state().last_race = message;
+}
 
 void join(VectorClock& into, const VectorClock& from) {
   if (into.size() < from.size()) into.resize(from.size());

@@ -3,8 +3,9 @@
 // Happens-before is kept with one vector clock per stream, event and for the host. Each storage remembers, by byte
 // range, the last write and the last read per stream; so two slots of one ring buffer may belong to two streams,
 // while overlapping ranges are caught. A strided view counts as its whole span: columns of one matrix used on two
-// streams are reported although no byte is shared. All host threads count as one. Races on *host* memory are not seen, because operations on CPU
-// tensors do not pass through here: overwriting a pinned source before its copy is done goes unnoticed.
+// streams are reported although no byte is shared. All host threads count as one. Races on *host* memory are
+// not seen, because operations on CPU tensors do not pass through here: overwriting a pinned source before its copy
+// is done goes unnoticed. Unregistering it is (pinned.h).
 #pragma once
 
 #include "state.h"
@@ -70,6 +71,9 @@ class AccessHistory {
   std::vector<std::pair<int64_t, RangeMap>> reads_;  // by stream
   size_t trim_at_ = 64;
 };
+
+// Counts a race without raising: for calls that must not throw.
+void count_race(const std::string& message);
 
 void join(VectorClock& into, const VectorClock& from);
 bool ordered(const VectorClock& seen, const Access& access);

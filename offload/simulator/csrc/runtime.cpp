@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "memory.h"
+#include "pinned.h"
 #include "races.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -119,13 +120,13 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     const DeviceCall call;
     const Lock lock(state().mutex);
     state().host += state().config.sync_lat;
-    wait_for_stream(stream.id());
+    hold_host_for_stream(stream.id());
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
     const DeviceCall call;
     const Lock lock(state().mutex);
     state().host += state().config.sync_lat;
-    wait_for_all_streams();
+    hold_host_for_all_streams();
   }
 
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
@@ -169,6 +170,7 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     State& s = state();
     const Lock lock(s.mutex);
     const auto* awaited = static_cast<EventState*>(event);
+    s.counters.host_syncs++;
     s.host = std::max(s.host + s.config.sync_lat, time_of(*awaited));
     join(s.host_seen, awaited->seen);
   }

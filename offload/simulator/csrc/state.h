@@ -61,6 +61,7 @@ struct Config {
   double strict_races = 0;  // raise at the racing operation instead of only counting
   double trace = 0;         // keep every kernel and copy for trace()
   double ghost = 0;         // bytes; operations touching more do no arithmetic. 0 = off
+  double pin_limit = 0;     // bytes of host memory that can be page-locked. 0 = no limit
   double copy_log = 1;
   double copy_log_limit = 1 << 20;  // entries; older ones are dropped and counted
   double python_time = 0;           // the CPU time of the calling thread between device calls advances the host
@@ -103,6 +104,29 @@ struct Counters {
   int64_t h2d_bytes = 0;
   int64_t d2h_bytes = 0;
   double flops = 0;
+  int64_t host_syncs = 0;   // calls in which the host waits for the device
+  int64_t allocations = 0;  // device storages made
+  int64_t faults = 0;       // injected faults that struck
+};
+
+// Page-locked host memory, allocated here or registered where it lies.
+struct PinnedRange {
+  size_t bytes;
+  bool registered;
+  double busy_until = 0;  // when the last copy queued from or to it is done
+  uint64_t clock_generation = 0;
+};
+
+// A failure that a test asks for: lets `after` cases pass, then strikes once. Not armed while negative.
+struct Fault {
+  int64_t after = -1;
+  double factor = 1;
+};
+
+struct Faults {
+  Fault delay_copy;
+  Fault refuse_allocation;
+  Fault refuse_pinning;
 };
 
 struct State {
@@ -115,7 +139,7 @@ struct State {
   c10::CachingDeviceAllocator::DeviceStats stats;
   std::vector<DeferredFree> deferred;
   int64_t next_storage = 1;
-  std::map<uintptr_t, size_t> pinned_ranges;
+  std::map<uintptr_t, PinnedRange> pinned_ranges;
   int64_t pinned = 0;
   int64_t pinned_peak = 0;
 
@@ -139,6 +163,8 @@ struct State {
   // races
   int64_t races = 0;
   std::string last_race;
+
+  Faults faults;
 };
 
 State& state();
