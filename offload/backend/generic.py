@@ -161,6 +161,7 @@ class AcceleratorBackend:
         if not self.can_register:
             return False
         if self._registers_itself:
+            torch.empty(0, pin_memory=True)  # sets the device up: before that torch says that nothing is pinned for it
             return bool(self._module.host_register(address, nbytes))
         with self._module.device(self.device):  # else a context would be made on the first card, which is not ours
             try:

@@ -368,3 +368,22 @@ def test_ghost_slabs_stay_untouched(card: Backend, sim: ModuleType) -> None:
     up = card.empty(slab.numel())
     up.copy_(slab, non_blocking=True)
     assert psutil.Process().memory_info().rss - before < 64 * MIB
+
+
+def test_the_cards_limit_is_a_refusal_until_bytes_come_back(card: Backend, sim: ModuleType) -> None:
+    sim.configure(pin_limit=4 * MIB)
+    pinner = Pinner(card, GIB)
+    first, second = pinner.slab(3 * MIB), pinner.slab(2 * MIB)
+    assert first is not None and second is None and pinner.refused
+    assert sim.counters()["pinned"] == pinner.used == 3 * MIB
+    del first
+    third = pinner.slab(2 * MIB)
+    assert third is not None and not pinner.refused
+
+
+def test_a_refusal_half_way_leaves_what_was_locked_before(card: Backend, sim: ModuleType) -> None:
+    pinner = Pinner(card, GIB)
+    sim.refuse_pinning(2)
+    slabs = [pinner.slab(MIB) for _ in range(6)]
+    assert [slab is not None for slab in slabs] == [True, True, False, False, False, False]
+    assert sim.counters()["pinned"] == pinner.used == 2 * MIB
