@@ -214,7 +214,8 @@ _books: dict[Path, RateBook] = {}
 def rate_book() -> RateBook:
     """This process's book of the state folder."""
     folder = state_folder()
-    return _books.setdefault(folder, RateBook())
+    book = _books.get(folder)
+    return book if book is not None else _books.setdefault(folder, RateBook())
 
 
 def rates_for(backend: Backend, book: RateBook | None = None, *, keep: bool = True) -> Rates:
