@@ -12,7 +12,7 @@ from .build import (
     tiny,
 )
 from .inputs import Resolution, denoiser_inputs, parse_resolution
-from .walk import ModelWalk, UnitCost, pieces, walk
+from .walks import ModelWalk, UnitCost, pieces, walk
 
 __all__ = [
     "NAMES",

@@ -206,5 +206,8 @@ def _assemble(spec: dict[str, Any], components: dict[str, nn.Module], tiny_sizes
     }
     scheduler = getattr(diffusers, spec["scheduler"]["class"])(**spec["scheduler"]["config"])
     pipe = getattr(diffusers, spec["pipeline"])(**components, **tokenizers, scheduler=scheduler, **spec["arguments"])
+    if "{}" in getattr(pipe, "prompt_template_encode", ""):
+        # The tokens ahead of the prompt are dropped by number: the toy's start token, and one for each character.
+        pipe.prompt_template_encode_start_idx = 1 + pipe.prompt_template_encode.index("{}")
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -7,7 +7,7 @@ guidance as a number, Qwen-Image and Wan run once per half, and this is one of t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,25 +58,39 @@ def parse_resolution(name: str, written: str | None = None, *, tiny: bool = Fals
     usual = Resolution(call["width"], call["height"], frames)
     if written is None:
         return usual
-    step = _patch(name) * 8
-    allowed = f"WIDTHxHEIGHT{'' if frames is None else 'xFRAMES'} in multiples of {step} up to {_LARGEST}"
+    size = read_resolution(written, step=_patch(name) * 8, frames=frames is not None, example=usual)
+    limit = _longest_side(name, tiny)
+    if limit is not None and max(size.width, size.height) > limit:
+        allowed = f"up to {limit} pixels a side"
+        raise bad_value("resolution", written, allowed, f"{name} has positions for no more; write {usual}")
+    return replace(size, frames=frames) if size.frames is None else size
+
+
+def read_resolution(
+    written: str, *, step: int = 16, frames: bool = True, example: Resolution | None = None
+) -> Resolution:
+    """A written resolution: sides that are multiples of `step` pixels, and 4 k + 1 frames where `frames` are allowed.
+
+    Raises:
+        ValueError: names what was given, what is allowed and what to write.
+    """
+    allowed = f"WIDTHxHEIGHT{'[xFRAMES]' if frames else ''}, sides in multiples of {step} up to {_LARGEST}"
     match = _WRITTEN.fullmatch(written.strip())
     if match is None:
-        raise bad_value("resolution", written, allowed, f'write for example "{usual}"')
-    width, height = int(match[1]), int(match[2])
-    given = int(match[3]) if match[3] else None
-    if frames is None and given is not None:
-        raise bad_value("resolution", written, allowed, f"{name} draws pictures: leave the frames out")
+        raise bad_value("resolution", written, allowed, f'write for example "{example or "1024x1024"}"')
+    width, height, given = int(match[1]), int(match[2]), int(match[3]) if match[3] else None
     for side in (width, height):
         if not 0 < side <= _LARGEST or side % step:
             near = min(max(step, round(side / step) * step), _LARGEST)
             raise bad_value("resolution", written, allowed, f"{side} could be {near}")
-    limit = _longest_side(name, tiny)
-    if limit is not None and max(width, height) > limit:
-        raise bad_value("resolution", written, allowed, f"{name} has positions for {limit} pixels a side at most")
-    if given is not None and (given < 1 or given % 4 != 1):
-        raise bad_value("resolution", written, allowed + ", frames 4 k + 1", f"{given} could be {given // 4 * 4 + 1}")
-    return Resolution(width, height, given if given is not None else frames)
+    if given is None:
+        return Resolution(width, height)
+    if not frames:
+        raise bad_value("resolution", written, allowed, "this model draws pictures: leave the frames out")
+    if not 0 < given <= _LARGEST or given % 4 != 1:
+        near = min(max(0, given), _LARGEST) // 4 * 4 + 1
+        raise bad_value("resolution", written, allowed + ", frames 4 k + 1", f"{given} frames could be {near}")
+    return Resolution(width, height, given)
 
 
 def denoiser_inputs(
