@@ -7,12 +7,15 @@ views cost nothing. The same rules as the virtual clock of the simulated acceler
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..units import aligned
 
 Charge = Callable[[float, int], None]
 """Takes FLOP and bytes of memory traffic of one operation."""
@@ -30,11 +33,16 @@ _FREE = {
 
 
 class CountOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Reports each operation below it to `charge`."""
+    """Reports each operation below it to `charge`, and keeps account of the memory that results take.
+
+    `peak` is the most that they took at one time, bytes: the activations of what ran.
+    """
 
     def __init__(self, charge: Charge) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._charge = charge
+        self._live = 0
+        self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +55,21 @@ class CountOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             traffic = sum(_nbytes(t) * (2 if key in written else 1) for key, t in operands.items())
             traffic += sum(_nbytes(t) for t in _tensors(result) if id(t) not in operands)
             self._charge(_flops(name, args, result), traffic)
+        if not _is_view(func):
+            given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(result)}.values():
+                if storage._cdata not in given:
+                    self._hold(storage)
         return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        nbytes = aligned(int(storage.nbytes()))
+        self._live += nbytes
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._release, nbytes)
+
+    def _release(self, nbytes: int) -> None:
+        self._live -= nbytes
 
 
 class FuseAttention(TorchFunctionMode):

@@ -6,9 +6,10 @@ them. Work without weights (attention, activations, sums) counts to the unit bef
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,7 @@ class UnitCost:
     block: str | None  # the element of the model's lists of layers that it is part of
     operations: tuple[tuple[float, int], ...] = ()
     own_operations: int = 0
+    flows: bool = True  # may be streamed: a leaf, whose storages are its own, which runs once
 
     @property
     def flops(self) -> float:
@@ -72,6 +74,7 @@ class ModelWalk:
     unused: tuple[UnitCost, ...] = ()
     source: str = TRACED
     notes: tuple[str, ...] = field(default=())
+    activations: int | None = None  # the most bytes that results took at one time; None: not known
 
     @property
     def weights(self) -> int:
@@ -166,9 +169,10 @@ class _Recorder:
         self.own[position] = len(self.operations[position])
 
     def units(self) -> tuple[UnitCost, ...]:
+        runs = Counter(unit.index for unit in self.order)
         return tuple(
-            UnitCost(u.name, u.index, u.nbytes, u.tensors, u.block, tuple(operations), self.own[position])
-            for position, (u, operations) in enumerate(zip(self.order, self.operations, strict=True))
+            replace(u, operations=tuple(ops), own_operations=self.own[position], flows=u.flows and runs[u.index] == 1)
+            for position, (u, ops) in enumerate(zip(self.order, self.operations, strict=True))
         )
 
 
@@ -178,33 +182,39 @@ def _trace(name: str, resolution: str | None, module: nn.Module, inputs: Mapping
         raise ValueError(f"{name}: got a {type(module).__name__} without weights, allowed: a model with some")
     recorder = _Recorder()
     state = {key: _on_meta(tensor) for key, tensor in _state(module)}
-    with _hooks(units, recorder), torch.no_grad(), CountOps(recorder.charge), FuseAttention(recorder.charge):
+    counter = CountOps(recorder.charge)
+    with _hooks(units, recorder), torch.no_grad(), counter, FuseAttention(recorder.charge):
         torch.func.functional_call(module, state, args=(), kwargs=_on_meta(dict(inputs)), tie_weights=True)
     passed = {unit.index for unit in recorder.order}
     unused = tuple(unit for _, unit in units if unit.index not in passed)
-    return ModelWalk(name, resolution, recorder.units(), unused)
+    return ModelWalk(name, resolution, recorder.units(), unused, activations=counter.peak)
 
 
 def _units(name: str, module: nn.Module) -> list[tuple[nn.Module, UnitCost]]:
     """The units as `units.build_component` cuts them, by the identity of storages, as meta ones have no address."""
     found: list[tuple[nn.Module, UnitCost]] = []
-    owned: set[int] = set()
+    owned: dict[int, int] = {}  # storage -> the unit that brings it
+    tied: set[int] = set()
     lists = {path for path, child in module.named_modules() if isinstance(child, (nn.ModuleList, nn.Sequential))}
     for path, child in module.named_modules():
-        storages: list[int] = []
+        storages: dict[int, int] = {}
         touched = False
         for tensor in (*child._parameters.values(), *child._buffers.values()):
             if tensor is None or tensor.numel() == 0:
                 continue
             touched = True
             raw = tensor.untyped_storage()
-            if raw._cdata not in owned:
-                owned.add(raw._cdata)
-                storages.append(raw.nbytes())
+            owner = owned.setdefault(raw._cdata, len(found))
+            if owner != len(found):
+                tied |= {owner, len(found)}
+            elif raw._cdata not in storages:
+                storages[raw._cdata] = raw.nbytes()
         if touched:
-            cost = sum(map(aligned, storages))
-            found.append((child, UnitCost(path or name, len(found), cost, len(storages), _block(path, lists))))
-    return found
+            cost = sum(map(aligned, storages.values()))
+            leaf = child is not module and next(child.children(), None) is None
+            unit = UnitCost(path or name, len(found), cost, len(storages), _block(path, lists), flows=leaf)
+            found.append((child, unit))
+    return [(child, replace(unit, flows=unit.flows and unit.index not in tied)) for child, unit in found]
 
 
 def _block(path: str, lists: set[str]) -> str | None:

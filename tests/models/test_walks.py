@@ -66,8 +66,19 @@ def test_the_arithmetic_of_sdxl_without_attention_is_the_published_figure() -> N
     assert (walked.flops / TERA) == pytest.approx(12.0 + 1.57, rel=5e-3)
 
 
-@pytest.mark.parametrize("card", ["rtx4080-16g", "gtx1650-4g-pcie3"])
-@pytest.mark.parametrize("name", NAMES)
+CLOCKED = [
+    ("flux1-dev", "rtx4080-16g"),
+    ("sdxl", "gtx1650-4g-pcie3"),
+    *(
+        pytest.param(name, card, marks=pytest.mark.slow)
+        for name in NAMES
+        for card in ("rtx4080-16g", "gtx1650-4g-pcie3")
+        if (name, card) not in (("flux1-dev", "rtx4080-16g"), ("sdxl", "gtx1650-4g-pcie3"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "card"), CLOCKED)
 def test_seconds_and_flop_of_the_simulated_clock(sim: ModuleType, name: str, card: str) -> None:
     """All resident, one step: what the walk predicts is what the virtual clock shows, within 2 %."""
     sim.use_card(card)
@@ -79,9 +90,11 @@ def test_seconds_and_flop_of_the_simulated_clock(sim: ModuleType, name: str, car
         module(**inputs)
         sim.synchronize()
         sim.reset_clock()
-        before = sim.counters()["flops"]
+        before, held = sim.counters()["flops"], sim.memory_allocated()
+        sim.reset_peak_memory_stats()
         module(**inputs)
         sim.synchronize()
+        peak = sim.max_memory_allocated() - held
     seconds, flops = sim.clock(), sim.counters()["flops"] - before
     forget_positions(module)
     del module, inputs
@@ -89,6 +102,7 @@ def test_seconds_and_flop_of_the_simulated_clock(sim: ModuleType, name: str, car
     predicted = sum(piece.compute_s for piece in pieces(walked, CARDS[card].flops16 / TERA, CARDS[card].hbm))
     assert walked.flops == pytest.approx(flops, rel=1e-9)
     assert predicted == pytest.approx(seconds, rel=0.02)
+    assert walked.activations == pytest.approx(peak, rel=0.01)
 
 
 def forget_positions(module: nn.Module) -> None:
@@ -131,6 +145,7 @@ def test_every_operation_counts_to_the_unit_before_it() -> None:
     assert [u.name for u in walked.unused] == ["spare"]
     assert [u.nbytes for u in walked.units] == [512, 512 + 512, 512, 512 + 512]
     assert [u.tensors for u in walked.units] == [1, 2, 1, 2]
+    assert [u.flows for u in walked.units] == [False, False, True, False]  # the root's own, twice, once, twice
     assert walked.weights == 512 + 512 + 1024 + 1024
     attention = 2 * (2 * 2 * 4 * 4 * 8)
     assert [u.flops for u in walked.units] == [0, linear, linear + attention, linear]
