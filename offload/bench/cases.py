@@ -21,8 +21,9 @@ PEERS: tuple[tuple[str, str], ...] = (
     ("sdxl", "1024x1024"),
 )
 GPU_CAPS = (12 * GIB, 24 * GIB, 8 * GIB, 16 * GIB)  # the order of a matrix that may be cut short
-# The small suite: what streams entirely, half, and not at all, where the link decides.
+# The small suite: half of it fits, and all of it, on a card where the link decides.
 SMALL_CAPS = (3 * GIB, 6 * GIB)
+SMALL_CARD = "rtx4090-24g"
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ def _places(suite: str, simulated: bool, caps: Sequence[str] | None, card: str |
 
     if card is not None and card not in CARDS:
         raise ValueError(f"--card: got {card!r}; allowed: {', '.join(CARDS)}")
+    if suite == "peers-small":
+        card = card or SMALL_CARD
     if caps is not None:
         total = CARDS[card].vram if card is not None else None
         sizes = [_cap(text, total) for text in caps]
         return [(card or _nearest(size, {key: CARDS[key].vram for key in CARDS_BY_MEMORY}), size) for size in sizes]
     if suite == "peers-small":
-        return [(card or "rtx4090-24g", size) for size in SMALL_CAPS]
+        return [(card, size) for size in SMALL_CAPS]
     return [(key, CARDS[key].vram) for key in ([card] if card is not None else PEERS_CARDS)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..backend import open_backend
-from .places import Counts, Step
+from .places import Counts, Step, no_collection
 
 _PROBE_BYTES = 256 << 20
 _SYNCS = {f"{kind}{what}Synchronize" for kind in ("cuda", "hip") for what in ("Stream", "Device", "Event")}
@@ -114,10 +114,11 @@ class GpuPlace:
     def python_seconds(self, step: Step, steps: int) -> float:
         """CPU seconds of this thread per step: what a wait spins away is in it."""
         self._backend.synchronize()
-        begin = time.thread_time()
-        for _ in range(steps):
-            step()
-        spent = (time.thread_time() - begin) / steps
+        with no_collection():
+            begin = time.thread_time()
+            for _ in range(steps):
+                step()
+            spent = (time.thread_time() - begin) / steps
         self._backend.synchronize()
         return spent
 

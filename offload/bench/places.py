@@ -18,6 +18,8 @@ import torch
 from ..sizes import GIB
 
 Step = Callable[[], Any]
+_NO_CAP = 1 << 50
+_TOY = 1 << 29
 INSTANT = 1e30
 """A rate so high that what it governs takes no time."""
 
@@ -122,6 +124,19 @@ class Place(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection in between: it walks every object that the libraries ever made, and is nobody's cost."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class SimulatedPlace:
     """The simulated accelerator: virtual clock, exact counters."""
 
@@ -151,11 +166,17 @@ class SimulatedPlace:
     def use(self, card: str | None, cap: int | None) -> None:
         if card is not None:
             self._vram.use_card(card)
-        self._vram.set_memory_cap(1 << 50 if cap is None else cap)
+        total = max(int(self._vram.card().vram), cap or _NO_CAP)
+        if cap is not None and cap < _TOY:
+            total = cap
+        self._vram.set_memory_cap(total)
+        # What is left of a larger card, so that its profile applies, and not that of a card of the cap's size; a toy's
+        # cap is a card of its own, since of a real one it would be less than the slack that nobody plans with.
+        self._vram.set_others(0 if cap is None else total - cap)
 
     @property
     def reserve(self) -> int:
-        return 0  # the cap is the card's size
+        return 0  # the driver shows the cap
 
     @property
     def bandwidth(self) -> float:
@@ -192,12 +213,13 @@ class SimulatedPlace:
         return Counts()
 
     def time_with_python(self, step: Step, steps: int) -> float:
-        with self._configured(python_time=1):
+        with self._configured(python_time=1), no_collection():
             return self.time(step, steps)[0]
 
     def python_seconds(self, step: Step, steps: int) -> float:
         """With a device that takes no time, what is left on the clock is the thread's CPU time outside of it."""
-        with self._configured(python_time=1, **dict.fromkeys(_PER_SECOND, INSTANT), **dict.fromkeys(_LATENCIES, 0.0)):
+        instant = dict.fromkeys(_PER_SECOND, INSTANT) | dict.fromkeys(_LATENCIES, 0.0)
+        with self._configured(python_time=1, **instant), no_collection():
             return self.time(step, steps)[0]
 
     def reset_peak(self) -> None:

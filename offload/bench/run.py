@@ -43,7 +43,6 @@ class Options:
     resume: bool = False
     path: Path | None = None
     hooks: bool = True
-    ghost: bool = True  # simulated accelerator only: leave large arithmetic out, and compare bits on the twin
 
     def parameters(self, place: Place) -> dict[str, Any]:
         """What the figures hang on, for the document."""
@@ -53,12 +52,8 @@ class Options:
             "steps": self.steps,
             "rounds": self.rounds,
             "python_time": self.python_time,
-            "ghost": self._ghost(place),
         }
         return {**place.parameters(), **more, "versions": versions, "strategies": notes}
-
-    def _ghost(self, place: Place) -> bool:
-        return self.ghost and place.rung == "simulated"
 
 
 @dataclass
@@ -95,8 +90,9 @@ class Suite:
 
     def _case(self, book: Book, case: Case, todo: Sequence[Strategy], number: int) -> None:
         options, place = self.options, self.place
-        ghost = options.parameters(place)["ghost"]
-        setting = Setting(find(case.model), case.resolution, False, not ghost, options.steps, options.python_time)
+        subject = find(case.model)
+        ghost = place.rung == "simulated" and not subject.computed
+        setting = Setting(subject, case.resolution, False, not ghost, options.steps, options.python_time)
         place.use(case.card, case.cap)
         parameters, order = place.parameters(), tuple(one.name for one in options.strategies)
         with place.ghost(ghost):
@@ -136,9 +132,11 @@ class Suite:
 def run_suite(place: Place, options: Options, say: Say) -> dict[str, Any]:
     """Run it, and give the place back without a cap."""
     gc.collect()
+    gc.freeze()  # what the libraries made when they were imported: walking it takes longer than a small case
     try:
         return Suite(place, options, say).run()
     finally:
+        gc.unfreeze()
         place.use(None, None)
         place.clean()
 

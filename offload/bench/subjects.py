@@ -57,6 +57,7 @@ class Subject:
     skeleton: Callable[[bool], nn.Module]
     inputs: Callable[[str | None, bool], Inputs]
     canonical: Callable[[str | None], str]
+    computed: bool = False  # small enough to be computed with on the simulated accelerator, twin or no twin
 
     def build(self, *, tiny: bool = False, values: bool = True) -> nn.Module:
         """On the CPU in pageable memory; without `values` it is memory that nobody has written to."""
@@ -187,13 +188,23 @@ def _flux() -> Any:
 
 
 CUT = Subject("flux1-cut", torch.bfloat16, _cut_skeleton, _cut_inputs, _cut_resolution)
+TINY = Subject(
+    "flux1-tiny",
+    torch.bfloat16,
+    lambda tiny: _cut_skeleton(True),
+    lambda resolution, tiny: _cut_inputs(None, True),
+    lambda written: "128x128",
+    computed=True,
+)
+"""The twin of the cut as a subject of its own: every value is computed wherever it runs."""
+_OWN = {subject.name: subject for subject in (CUT, TINY)}
 
 
 def names() -> tuple[str, ...]:
     """Every subject there is."""
     from ..models import NAMES
 
-    return (*NAMES, CUT.name)
+    return (*NAMES, *_OWN)
 
 
 def find(name: str) -> Subject:
@@ -202,8 +213,8 @@ def find(name: str) -> Subject:
     Raises:
         ValueError: there is none.
     """
-    if name == CUT.name:
-        return CUT
+    if name in _OWN:
+        return _OWN[name]
     from ..models import build_denoiser, denoiser_inputs, parse_resolution
 
     dtype = torch.float16 if name == "sdxl" else torch.bfloat16

@@ -19,7 +19,7 @@ def result_line(entry: Entry, name: str) -> str:
     result = result_of(entry, name)
     assert result is not None
     if not result["completed"]:
-        return f"  {name:<36} {result['error']}"
+        return f"  {name:<36} {result['error'][:100]}"
     ratio = result["ratio_to_bound"]
     equal = {True: "equal", False: "NOT EQUAL", None: "not compared"}[verdict(result)]
     return (

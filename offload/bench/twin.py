@@ -52,19 +52,25 @@ def compare(place: Place, strategy: Strategy, twin: Twin) -> dict[str, Any]:
     for label, cap in (("tight", twin.cap), ("loose", None)):
         place.use(None, cap)
         equal: list[bool] = []
+        facts: dict[str, Any] = {}
         for apply in (strategy.apply, *strategy.fallbacks):
             equal.clear()
 
-            def work(apply: Any = apply, cap: int | None = cap, equal: list[bool] = equal) -> None:
+            def work(
+                apply: Any = apply, cap: int | None = cap, equal: list[bool] = equal, facts: dict[str, Any] = facts
+            ) -> None:
                 with Bench(place, twin.setting, apply, room_of(place, cap, twin.baseline)) as bench:
                     for _ in range(FORWARDS):
                         equal.append(same(bench.step(), twin.reference))
                     races.append(place.races() or 0)
+                    assert bench.applied is not None
+                    facts.update(bench.applied.facts())
 
             failure = guarded(work)
             if not failure.out_of_memory:
                 break
         verdicts[label] = None if failure.text is not None else all(equal)
         verdicts[f"{label}_error"] = failure.text
+        verdicts[f"{label}_sentence"] = facts.get("sentence")
     known = [verdicts[label] for label in ("tight", "loose") if verdicts[label] is not None]
     return {"twin_equal": all(known) if known else None, "twin": {**verdicts, "cap": twin.cap, "races": sum(races)}}
