@@ -146,14 +146,14 @@ def test_other_layouts_keep_their_own_copy(vram: ModuleType) -> None:
 
 
 def test_small_copies_cost_no_more(vram: ModuleType) -> None:
-    """The entry adds one comparison to some 700 ns. Both kernels are called by the same way, in turn."""
+    """The entry adds one comparison. Both kernels are called by the same way, in turn, in short runs of CPU time."""
     a, b = torch.ones(64), torch.zeros(64)
     keys = {"ours": torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), "torch's": _OTHERS}
     best = dict.fromkeys(keys, float("inf"))
-    for _ in range(20):
+    for _ in range(200):
         for name, key in keys.items():
-            begun = time.perf_counter()
-            for _ in range(1000):
+            begun = time.thread_time()
+            for _ in range(100):
                 _COPY.redispatch(key, b, a)
-            best[name] = min(best[name], time.perf_counter() - begun)
+            best[name] = min(best[name], time.thread_time() - begun)
     assert best["ours"] < 1.25 * best["torch's"], best

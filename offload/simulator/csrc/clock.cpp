@@ -1,5 +1,6 @@
 #include "clock.h"
 
+#include "memory.h"
 #include "races.h"
 
 #include <time.h>
@@ -61,7 +62,7 @@ void reset_clock() {
     stream.time = 0;
     join(stream.seen, s.host_seen);
   }
-  for (DeferredFree& free : s.deferred) free.until = 0;
+  settle_deferred_frees();
   s.host = 0;
   s.compute = s.h2d = s.d2h = Engine{};
   s.counters = Counters{};

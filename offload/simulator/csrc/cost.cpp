@@ -54,8 +54,10 @@ bool needs_value_on_host(const std::string& op, const std::vector<Tensor>& argum
 
 namespace {
 
-// Beyond those, writing several values through a mask first counts its ones; one value is filled in without.
+// Where the host waits. Indexing with a mask is not among them: torch asks for the mask's nonzero first, which is.
+// Writing several values through a mask counts its ones; one value is filled in without.
 bool holds_host(const std::string& op, const std::vector<Tensor>& arguments) {
+  if (op == "aten::index") return false;
   if (needs_value_on_host(op, arguments)) return true;
   if (op != "aten::_index_put_impl_" || arguments.size() < 3 || arguments.back().numel() == 1) return false;
   return std::any_of(arguments.begin() + 1, arguments.end() - 1,

@@ -27,7 +27,7 @@ struct KernelTensors {
 // Advances the clock for one kernel on the current stream and records its accesses for the race detector.
 void charge_kernel(const std::string& op, const KernelTensors& tensors);
 
-// Operations whose result size or value the host needs, so that on a GPU too they wait for the stream.
+// Operations whose result size or value the host needs, so that no ghost can stand in for them.
 bool needs_value_on_host(const std::string& op, const std::vector<Tensor>& arguments);
 
 }  // namespace sim

@@ -68,7 +68,7 @@ void free_block(void* context) {
     s.stats.allocation[kAll].decrease(1);
     s.stats.num_device_free++;
     if (until > s.host) {
-      s.deferred.push_back({int64_t(block->rounded), until});
+      s.deferred.emplace(until, int64_t(block->rounded));
     } else {
       give_back(int64_t(block->rounded));
     }
@@ -195,12 +195,9 @@ void touch(const Tensor& tensor, int64_t stream, bool write, const char* op) {
 
 void settle_deferred_frees() {
   State& s = state();
-  auto passed = [&](const DeferredFree& free) {
-    if (free.until > s.host) return false;
-    give_back(free.bytes);
-    return true;
-  };
-  s.deferred.erase(std::remove_if(s.deferred.begin(), s.deferred.end(), passed), s.deferred.end());
+  const auto pending = s.deferred.upper_bound(s.host);
+  for (auto passed = s.deferred.begin(); passed != pending; ++passed) give_back(passed->second);
+  s.deferred.erase(s.deferred.begin(), pending);
 }
 
 }  // namespace sim

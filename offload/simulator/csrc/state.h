@@ -91,12 +91,6 @@ struct CopyRecord {
   int64_t ghost;
 };
 
-// Freed, but still in use by a recorded stream until the given virtual time: CUDA's allocator holds it as well.
-struct DeferredFree {
-  int64_t bytes;
-  double until;
-};
-
 struct Counters {
   int64_t ops = 0;
   int64_t h2d = 0;
@@ -137,7 +131,9 @@ struct State {
   int64_t capacity = int64_t(8) << 30;
   int64_t others = 0;  // held by other programs on the same card
   c10::CachingDeviceAllocator::DeviceStats stats;
-  std::vector<DeferredFree> deferred;
+  // Freed, but still in use by a recorded stream until a virtual time: bytes by that time. CUDA's allocator holds them
+  // as well.
+  std::multimap<double, int64_t> deferred;
   int64_t next_storage = 1;
   std::map<uintptr_t, PinnedRange> pinned_ranges;
   int64_t pinned = 0;
