@@ -7,12 +7,14 @@ figures: nothing here touches a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from .calibration import Costs
 from .ledger import Reason
 from .plan import StagePlan, full_plan, sequential_plan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
+from .schedule import Rates
 from .units import Component
 
 # Room left for what an allocator loses to rounding and fragmentation, as a share of the card, and at most.
@@ -86,8 +88,18 @@ def choose_plan(
     ceiling: int,
     held: frozenset[int],
     order: Sequence[int] | None,
+    *,
+    costs: Costs | None = None,
+    rates: Rates | None = None,
+    pageable: Collection[int] = (),
+    activations: int | None = None,
 ) -> StagePlan:
-    """The plan of a component that may hold `ceiling` device bytes of weights in this stage."""
+    """The plan of a component that may hold `ceiling` device bytes of weights in this stage.
+
+    `costs` are the times of its units where they are known, `pageable` the units whose masters cannot be pinned.
+    """
+    times = None if costs is None else costs.walk
+    own = None if costs is None else costs.own
     if component.name in policy.never or policy.mode is OffloadMode.MODEL:
         return full_plan(component)
     if policy.mode is OffloadMode.NONE and not policy.fits:
@@ -95,8 +107,21 @@ def choose_plan(
     if policy.high is not None:
         ceiling = min(ceiling, policy.high)
     if policy.mode is OffloadMode.SEQUENTIAL:
-        return sequential_plan(component, held, policy.prefetch, ceiling)
-    return stream_plan(component, ceiling, held, policy.prefetch, order)
+        return sequential_plan(
+            component, held, policy.prefetch, ceiling, costs=times, rates=rates, own=own, pageable=pageable
+        )
+    return stream_plan(
+        component,
+        ceiling,
+        held,
+        policy.prefetch,
+        order,
+        costs=times,
+        rates=rates,
+        own=own,
+        pageable=pageable,
+        activations=activations,
+    )
 
 
 def shares(weights: dict[str, int], room: int) -> dict[str, int]:

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from .backend import Backend
-from .binding import stretches
 from .demand import DemandPaging
 from .ledger import Ledger, Reason
 from .plan import units_to_free
 from .protocols import Plan
-from .stream import Order, Stream, copies_ordered
+from .residents import Residents
+from .stream import Order, Stream
 from .units import Component, Unit, aligned
 from .weights import Weights
 
@@ -56,8 +56,8 @@ class StreamEngine:
         self._ledger = ledger
         self._copy_stream = copy_stream
         self._on_touch = on_touch
-        self._loaded: dict[int, torch.Tensor] = {}  # unit index -> its resident buffer
-        self._moved: set[int] = set()  # units that were loaded before: what moved twice will move again
+        self._residents = Residents(component, weights, backend, ledger, copy_stream)
+        self._loaded = self._residents.loaded  # unit index -> its resident buffer
         self._held: dict[int, torch.Tensor] = {}  # storage index -> its buffer, for this forward
         self._held_buffers: list[torch.Tensor] = []
         self._hooks: dict[int, list[Any]] = {}
@@ -78,14 +78,10 @@ class StreamEngine:
         return frozenset(self._loaded)
 
     @property
-    def resident_bytes(self) -> int:
-        """Device bytes of the resident units."""
-        return sum(buffer.numel() for buffer in self._loaded.values())
-
-    @property
     def device_bytes(self) -> int:
-        """Device bytes of resident units, ring and held storages."""
-        return self.resident_bytes + self.stream.device_bytes + sum(aligned(b.numel()) for b in self._held.values())
+        """Device bytes of resident units, those brought up early included, ring and held storages."""
+        held = sum(aligned(buffer.numel()) for buffer in self._held.values())
+        return self._residents.nbytes + self.stream.device_bytes + held
 
     def take_most_beside(self) -> int:
         """The most device bytes of weights beside the ring and the residents since this was asked last."""
@@ -94,13 +90,13 @@ class StreamEngine:
 
     def missing_bytes(self, plan: Plan) -> int:
         """Device bytes that `apply(plan)` would allocate, the ring included."""
-        load = sum(self.component.units[i].slot_bytes for i in plan.resident - self._loaded.keys())
-        return load + max(0, aligned(plan.ring_bytes) - self.stream.device_bytes)
+        ring = max(0, aligned(plan.ring_bytes) - self.stream.device_bytes)
+        return self._residents.missing_bytes(plan.resident) + ring
 
     def surplus_bytes(self, plan: Plan) -> int:
         """Device bytes that `apply(plan)` would give back before it allocates."""
-        drop = sum(self.component.units[i].slot_bytes for i in self._loaded.keys() - plan.resident)
-        return drop + max(0, self.stream.device_bytes - aligned(plan.ring_bytes))
+        ring = max(0, self.stream.device_bytes - aligned(plan.ring_bytes))
+        return self._residents.surplus_bytes(plan.resident) + ring
 
     def order_of(self, entry: str) -> list[int] | None:
         """The recorded order of streamed units (indexes) for an entry point."""
@@ -114,56 +110,34 @@ class StreamEngine:
         All device memory is allocated before anything is copied: where there is no room, `torch.OutOfMemoryError`
         leaves what was loaded before as it was.
         """
+        self._residents.take_early(plan.resident)
         self._drop(self._loaded.keys() - plan.resident, reason)
         missing = sorted(plan.resident - self._loaded.keys())
         if missing:
             self.stream.forget()
         self._pin(plan, missing)
-        buffers: dict[int, torch.Tensor] = {}
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self.stream.resize(plan.ring_bytes)
-                for index in missing:
-                    buffers[index] = self._backend.empty(self.component.units[index].slot_bytes)
-                if buffers:
-                    self._load(buffers, reason, avoidable)
+            self.stream.resize(plan.ring_bytes)
+            self._residents.load(missing, reason, avoidable)
         finally:
             self._arm_all()
         self.plan = plan
+
+    def bring_early(self, plan: Plan, room: int) -> int:
+        """Start to bring up what the next stage of this component will want, behind what computes now.
+
+        Takes at most `room` device bytes, and nothing that would hold the host; the device bytes it took.
+        """
+        return self._residents.bring_early(sorted(plan.resident), room)
 
     def _pin(self, plan: Plan, missing: Iterable[int]) -> None:
         """Page-lock the masters that will be copied again and again, in the order in which they will be."""
         order = next((o.known for o in self._orders.values() if o.known), None) or []
         flowing = dict.fromkeys([*order, *range(len(self.component.units))]).keys() - plan.resident
         again = [i for i in (*order, *range(len(self.component.units))) if i in flowing]
-        again += [i for i in missing if i in self._moved]
+        again += [i for i in missing if i in self._residents.moved]
         if self.weights.pin(self.component.units[i] for i in dict.fromkeys(again)):
             self.stream.masters_moved()
-
-    def _load(self, buffers: dict[int, torch.Tensor], reason: Reason, avoidable: bool) -> None:
-        units = [(self.component.units[index], buffer) for index, buffer in buffers.items()]
-        copies = [pair for unit, buffer in units for pair in self.weights.copies(unit.storages, buffer)]
-        with self._ledger.span("onload"):
-            with copies_ordered(self._backend, self._copy_stream):
-                start = self._backend.record(self._copy_stream, timed=True)
-                for target, source in copies:
-                    target.copy_(source, non_blocking=True)
-                end = self._backend.record(self._copy_stream, timed=True)
-            for unit, buffer in units:
-                for storage, part in zip(unit.storages, stretches(unit.storages, buffer), strict=True):
-                    self.weights.bind(storage, part)
-        self._loaded.update(buffers)
-        self._moved.update(buffers)
-        self._ledger.move(
-            self.component.name,
-            "h2d",
-            sum(source.numel() for _, source in copies),
-            reason,
-            copy_start=start,
-            copy_end=end,
-            avoidable=avoidable,
-            count=len(copies),
-        )
 
     def evict(self, nbytes: int | None, reason: Reason) -> int:
         """Free at least `nbytes` of device memory (all of it where None) without copying anything.
@@ -172,6 +146,7 @@ class StreamEngine:
         """
         before = self.device_bytes
         self.stream.drop()
+        self._residents.drop_early()
         freed = before - self.device_bytes
         if nbytes is None:
             self._drop(self._loaded.keys(), reason)
@@ -181,18 +156,7 @@ class StreamEngine:
         return before - self.device_bytes
 
     def _drop(self, indexes: Iterable[int], reason: Reason) -> None:
-        gone = list(indexes)
-        if not gone:
-            return
-        with self._ledger.span("evict"):
-            freed = 0
-            for index in gone:
-                unit = self.component.units[index]
-                del self._loaded[index]  # first: a unit may be bound and not counted, never counted and not bound
-                for storage in unit.storages:
-                    self.weights.unbind(storage, keep_foreign=True)
-                freed += unit.nbytes
-        self._ledger.move(self.component.name, "drop", freed, reason, count=len(gone))
+        self._residents.drop(indexes, reason)
         self._log_came_down()
 
     def _log_came_down(self) -> None:
@@ -260,8 +224,8 @@ class StreamEngine:
 
     # ------------------------------------------------------------------ a forward
     @contextlib.contextmanager
-    def forward(self, entry: str) -> Iterator[None]:
-        """Run one call of an entry point of the component inside this."""
+    def forward(self, entry: str, timing: contextlib.AbstractContextManager[None] | None = None) -> Iterator[None]:
+        """Run one call of an entry point of the component inside this. `timing` is entered if the call streams."""
         if self._implicit is not None:
             self._recover()  # a part that was called by itself raised, and nothing told us
         if self._open or not self._armed or len(self._loaded) == len(self.component.units):
@@ -270,7 +234,11 @@ class StreamEngine:
         order = self._open_forward(entry, wrap=self.plan is not None and self.plan.wrap)
         try:
             with self._watch(order), self._guard_gradients():
-                yield
+                if timing is None or self._watched_last:  # to watch takes time, which is none of the units'
+                    yield
+                else:
+                    with timing:
+                        yield
         except BaseException:
             self.abort()
             raise

@@ -18,6 +18,7 @@ from .pinning import Pinner
 from .plan import StagePlan
 from .policy import ComponentInfo, Role
 from .protocols import Engine
+from .timing import Timing
 from .units import Component, ComponentError, build_component
 from .weights import Weights
 
@@ -65,9 +66,9 @@ class Managed:
         backend, ledger, copy_stream, pinner = self._make
         self.component = component
         self.weights = Weights(component, backend, pinner, origins)
-        self.engine: Engine = StreamEngine(
-            component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self)
-        )
+        engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
+        self.engine: Engine = engine
+        self.timing = Timing(component, backend, engine.stream)
 
     @property
     def info(self) -> ComponentInfo:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import memory
-from .activation import signature
+from .activation import Signature, signature
 from .backend import Backend, is_out_of_memory, open_backend
 from .ledger import Ledger, RunRecord
 from .managed import Managed
@@ -25,6 +25,8 @@ from .oom import StepDown
 from .pinning import Pinner
 from .plan import full_plan
 from .policy import OffloadPolicy, ResolvedPolicy, Role, WorkingSet
+from .rates import rate_book, rates_for
+from .schedule import Rates
 from .stages import Stages, always_resident
 
 
@@ -53,7 +55,10 @@ class Session:
         self.components: dict[str, Managed] = {}
         self.record: RunRecord | None = None
         self.auto_runs = False  # a call outside any run opens one; whoever sets this closes it
-        self.stages = Stages(self.backend, self.ledger, self.components, lambda: self._resolve(warn=True))
+        self._rates: Rates | None = None
+        self.stages = Stages(
+            self.backend, self.ledger, self.components, lambda: self._resolve(warn=True), lambda: self.rates
+        )
         self.step_down = StepDown(self.backend, self.ledger, self.components, lambda: self.resolved)
         self._policy = policy or OffloadPolicy()
         self._copy_stream = self.backend.new_stream()
@@ -61,6 +66,17 @@ class Session:
         self._warned = False
         self.resolved = self._resolve()
         self._pinner = Pinner(self.backend, self.resolved.pinned_ram)
+
+    @property
+    def rates(self) -> Rates:
+        """What this machine moves: known from before, else measured when it is first asked for."""
+        if self._rates is None:
+            self._rates = rates_for(self.backend)
+        return self._rates
+
+    def _observe(self, nbytes: int, seconds: float, pinned: bool) -> None:
+        rate_book().observe(self.backend, nbytes, seconds, pinned)
+        self._rates = None  # until it is asked for again
 
     # ------------------------------------------------------------------ components
     def add(
@@ -129,6 +145,7 @@ class Session:
         self.close_run()
         for name in list(self.components):
             self.remove(name)
+        rate_book().save()
 
     def __enter__(self) -> Session:
         return self
@@ -254,6 +271,8 @@ class Session:
         if implicit:
             self.open_run()
         sig = signature(entry, args, kwargs)
+        if managed.timing.settle(self._observe):
+            self.stages.reconsider(managed, entry, sig)
         restore_rng = _random_state(self.backend, args, kwargs)
         watched = False
         managed.running += 1
@@ -261,7 +280,7 @@ class Session:
             while True:
                 try:
                     self.stages.enter(managed, entry, sig)
-                    return self._forward(managed, entry, method, args, kwargs)
+                    return self._forward(managed, entry, sig, method, args, kwargs)
                 except RuntimeError as error:
                     stray = not watched and _OTHER_DEVICE in str(error) and managed.engine.watch()
                     if not stray and not is_out_of_memory(error):
@@ -287,7 +306,13 @@ class Session:
                 managed.entries.detach()  # it was only there to bring the weights back
 
     def _forward(
-        self, managed: Managed, entry: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        managed: Managed,
+        entry: str,
+        sig: Signature,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         managed.calls += 1
         stepping = managed.role == "denoiser"
@@ -295,7 +320,8 @@ class Session:
             self.ledger.step_begin(self._step)
             self._step += 1
         try:
-            with self.ledger.span(managed.category(entry)), managed.engine.forward(entry):
+            timing = managed.timing.around(sig)
+            with self.ledger.span(managed.category(entry)), managed.engine.forward(entry, timing):
                 return method(*args, **kwargs)
         finally:
             if stepping:

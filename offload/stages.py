@@ -18,9 +18,11 @@ from .ledger import Ledger
 from .managed import STICKY_SHARE, Managed
 from .plan import StagePlan, full_plan, sequential_plan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
+from .schedule import Rates
 
 GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
 HISTORY = 64
+WORTH_MOVING = 0.02  # a plan that makes steps shorter by less is left for the next stage
 
 
 class Stages:
@@ -32,6 +34,7 @@ class Stages:
         ledger: Ledger,
         components: dict[str, Managed],
         resolve: Callable[[], ResolvedPolicy],
+        rates: Callable[[], Rates],
     ) -> None:
         self.peaks = ActivationPeaks()
         self.peak_allocated = 0
@@ -41,6 +44,7 @@ class Stages:
         self._ledger = ledger
         self._components = components
         self._resolve = resolve
+        self._rates = rates
         self._policy: ResolvedPolicy | None = None
         self._active: Managed | None = None
         self._turn: frozenset[str] = frozenset()
@@ -136,7 +140,7 @@ class Stages:
                 managed.engine.apply(full_plan(managed.component), "external")
         else:
             self._turn = self._takes_turns(managed)
-            plan = self._plan(managed, entry, activations, decoding, whole=GRADIENT in sig)
+            plan = self._plan(managed, entry, sig, activations, decoding)
             need = managed.engine.missing_bytes(plan) + plan.held_bytes + activations
             running = "+".join(sorted(self._turn)) or managed.name
             self._ledger.stage_begin(managed.category(entry), running, need=need, have=have)
@@ -150,6 +154,7 @@ class Stages:
             avoidable = policy.fits and managed.evicted_for in ("low", "always", "policy", "external")
             managed.engine.apply(plan, "stage", avoidable=avoidable)
             managed.evicted_for = None
+            self._hand_over(managed, plan, activations)
         managed.placed = True
         managed.reserved = activations
         managed.lead = sig
@@ -161,6 +166,24 @@ class Stages:
         self._backend.reset_peak()
         self._base = self._backend.memory().allocated
 
+    def _hand_over(self, managed: Managed, plan: StagePlan, activations: int) -> None:
+        """Use the room that this stage leaves to bring up what the next one wants, behind this one's compute.
+
+        What comes next, and what it wants, is what the last run had; in the first run nobody knows.
+        """
+        policy, order = self._policy, self._first_use
+        assert policy is not None
+        if policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE) or policy.low_always or self._turn:
+            return
+        later = order[order.index(managed.name) + 1 :]
+        follower = self._components.get(later[0]) if later else None
+        if follower is None or follower.plan is None or follower.running or follower.name in policy.always:
+            return
+        now = self._backend.memory()
+        room = self._have(now) - activations - plan.held_bytes - self._slack(now.total)
+        if room > 0:
+            follower.engine.bring_early(follower.plan, room)
+
     def _slack(self, total: int) -> int:
         """Room beyond the figures. A run that fits by the fit rule fits here: one inequality, not two."""
         assert self._policy is not None
@@ -170,10 +193,8 @@ class Stages:
         assert self._policy is not None
         return now.free + now.reclaimable - self._policy.reserve
 
-    def _plan(
-        self, managed: Managed, entry: str, activations: int, decoding: bool, *, whole: bool = False
-    ) -> StagePlan:
-        """The plan of a component for its stage; `whole`: a gradient will be asked for, so nothing should stream."""
+    def _plan(self, managed: Managed, entry: str, sig: Signature | None, activations: int, decoding: bool) -> StagePlan:
+        """The plan of a component for its stage. Where a gradient will be asked for, nothing should stream."""
         policy = self._policy
         assert policy is not None
         now = self._backend.memory()
@@ -187,6 +208,7 @@ class Stages:
             wishes = {m.name: m.component.device_bytes for m in (managed, *partners)}
             room = arbiter.shares(wishes, room)[managed.name]
         held = frozenset(managed.engine.held_units)
+        whole = sig is not None and GRADIENT in sig
         if whole and managed.limit is None and managed.component.device_bytes <= room:
             return full_plan(managed.component)
         if managed.limit is not None:  # stepped down after running out of memory: whatever the mode says
@@ -196,7 +218,37 @@ class Stages:
             return stream_plan(managed.component, room, held, policy.prefetch, managed.engine.order_of(entry))
         if managed.plan is not None and self._still_good(managed, managed.plan, room):
             return managed.plan
-        return arbiter.choose_plan(policy, managed.component, room, held, managed.engine.order_of(entry))
+        costs = managed.timing.expect(sig)
+        return arbiter.choose_plan(
+            policy,
+            managed.component,
+            room,
+            held,
+            managed.engine.order_of(entry),
+            costs=costs,
+            rates=None if costs is None else self._rates(),
+            pageable=managed.weights.unpinnable(),
+            activations=activations,
+        )
+
+    def reconsider(self, managed: Managed, entry: str, sig: Signature) -> None:
+        """The times of its units are known by now: plan the running stage again, where that is worth the moves."""
+        plan, policy = managed.plan, self._policy
+        if self._active is not managed or not managed.placed or plan is None or policy is None or not plan.streams:
+            return
+        if managed.limit is not None or self._turn or sig not in managed.accepted:
+            return
+        pageable = managed.weights.unpinnable()
+        now = managed.timing.predict(plan, sig, managed.engine.held_units, self._rates(), pageable)
+        if now is None:
+            return
+        managed.plan = None  # else it would be kept for being there
+        better = self._plan(managed, entry, sig, managed.reserved, False)
+        if better.step_s is not None and better.step_s < (1 - WORTH_MOVING) * now.step_s:
+            managed.plan = better
+            managed.unplace()
+        else:
+            managed.plan = dataclasses.replace(plan, step_s=now.step_s, bound_s=now.bound_s, compute_s=now.compute_s)
 
     def _still_good(self, managed: Managed, plan: StagePlan, room: int) -> bool:
         """Whether a plan from before still fits, and a new one would hardly hold more."""
@@ -218,7 +270,7 @@ class Stages:
             partner = self._components[name]
             if partner.running:
                 continue
-            share = self._plan(partner, "forward", partner.reserved, False)
+            share = self._plan(partner, "forward", partner.lead, partner.reserved, False)
             excess = partner.engine.device_bytes - share.device_bytes
             if excess > 0:
                 partner.engine.apply(share.within(partner.engine.loaded), "need")

@@ -293,7 +293,9 @@ class Stream:
             self._early.add(place)
             return
         self._given += 1
-        while self._early and self._given in self._early:  # given back before its turn: what waits for it waits for the others too
+        while (
+            self._early and self._given in self._early
+        ):  # given back before its turn: what waits for it waits for the others too
             self._early.remove(self._given)
             self._slots[self._given % len(self._slots)].released.record(self._compute)
             self._given += 1

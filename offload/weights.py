@@ -134,6 +134,17 @@ class Weights:
                 self._point_at_master(storage)
             base += aligned(nbytes)
 
+    def unpinnable(self) -> frozenset[int]:
+        """Units that would be copied from pageable memory if they were to stream: what the RAM budget has no room for."""
+        room = 0 if self._backend.shared_memory else self._pinner.room
+        found = []
+        for unit in self.component.units:
+            if any(storage.index not in self._pinned for storage in unit.storages):
+                room -= unit.slot_bytes
+                if room < 0:
+                    found.append(unit.index)
+        return frozenset(found)
+
     def is_pinned(self, storage: Storage) -> bool:
         """Whether a copy from this master runs beside the compute, without holding the host."""
         return storage.index in self._pinned

@@ -31,6 +31,7 @@ class RunFacts:
     vram: dict[str, Any]
     ram: dict[str, Any]
     output_neutral: bool | None
+    prediction: dict[str, Any]
 
     def report(self, session: Session, *, full: bool = False) -> dict[str, Any]:
         """`offload-report/1` of this run."""
@@ -52,6 +53,7 @@ class RunFacts:
             rung=backend.rung,
             world="pipeline",
             output_neutral=self.output_neutral,
+            prediction=self.prediction,
             full=full,
         )
 
@@ -75,7 +77,15 @@ def collect(session: Session, record: RunRecord, *, output_neutral: bool | None)
             "pinned": sum(managed.weights.pinned for managed in session.components.values()),
         },
         output_neutral=output_neutral,
+        prediction=predicted(session),
     )
+
+
+def predicted(session: Session) -> dict[str, Any]:
+    """What the plan of the denoiser says of a step, once the times of its units are known."""
+    plans = (m.plan for m in session.components.values() if m.role == "denoiser" and m.plan is not None)
+    plan = next((plan for plan in plans if plan.step_s is not None), None)
+    return {} if plan is None else {"step_s": plan.step_s, "bound_s": plan.bound_s}
 
 
 def unrecorded(session: Session, why: str, *, output_neutral: bool | None) -> RunFacts:
@@ -89,6 +99,7 @@ def unrecorded(session: Session, why: str, *, output_neutral: bool | None) -> Ru
         vram={**known.vram, "peak_torch": None, "high_crossings": None},
         ram=known.ram,
         output_neutral=output_neutral,
+        prediction={},
     )
 
 
