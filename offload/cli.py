@@ -1,7 +1,7 @@
 """Guards: a command says what went wrong in one sentence and a number: 0 done, 1 a check failed, 2 asked wrongly, 130.
 
-`balanced-offload demo | probe`. With `--json` the document is all that standard output gets; what people read goes to
-standard error then. torch is imported by a command, not by its help.
+`balanced-offload demo | probe | plan | bench`. With `--json` the document is all that standard output gets; what
+people read goes to standard error then. torch is imported by a command, not by its help.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ STDOUT = "-"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    from .cli_bench import add_bench  # which needs this module to write its document
+
     parser = argparse.ArgumentParser(
         prog="balanced-offload",
         description="Say how much VRAM a diffusion model may use: what fits stays resident, the rest streams.",
@@ -29,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_probe(commands)
+    _add_plan(commands)
+    add_bench(commands)
     return parser
 
 
@@ -87,6 +91,33 @@ def _add_probe(commands: Any) -> None:
     probe.set_defaults(run=run_probe)
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what would I get on that card: the plan, it/s in every mode and with other libraries",
+        description="Predicts the denoiser's step on a card that need not be here: the best plan, every mode, the "
+        "bound, and the strategies of other libraries under the same rates. What is left out is this machine's, "
+        "measured or stored, else assumed, and the output says which. Nothing is run and no weights are loaded.",
+    )
+    plan.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|PATH",
+        help="sdxl, sd35-large, flux1-dev, qwen-image, wan21-14b, or a .safetensors file or model folder",
+    )
+    plan.add_argument("--vram", metavar="SIZE", help='the card\'s memory ("16GiB")')
+    plan.add_argument("--bandwidth", metavar="RATE", help='copies from pinned memory ("24GB/s")')
+    plan.add_argument("--pageable", metavar="RATE", help='copies from pageable memory ("8GB/s")')
+    plan.add_argument("--tflops", metavar="N", help="TFLOP/s reached over a whole step (some 60 %% of the data sheet)")
+    plan.add_argument("--card", metavar="KEY", help="a known card for what is left out, for example rtx4080-16g")
+    plan.add_argument("--resolution", metavar="WxH[xF]", help='"1024x1024", a video "832x480x81" (the model\'s usual)')
+    plan.add_argument("--dtype", metavar="DTYPE", help="of the weights: bf16, fp16, fp32 (bf16; a file's own)")
+    plan.add_argument("--activations", metavar="SIZE", help="what results take (counted, at least 2 GiB)")
+    plan.add_argument("--reserve", metavar="SIZE", help="left to other programs (0)")
+    _add_json(plan, "offload-plan/1")
+    plan.set_defaults(run=run_plan)
+
+
 def run_demo(arguments: argparse.Namespace) -> int:
     """`balanced-offload demo`."""
     from .demo.options import MODES, MissingExtras, Options
@@ -132,6 +163,34 @@ def run_probe(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(probe_text(document))
         return DONE
+    return write_json(document, arguments.json)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`balanced-offload plan`."""
+    from .advice_options import Asked
+    from .advice_run import advise_asked
+    from .advice_text import advice_text
+
+    names = (
+        "model",
+        "vram",
+        "bandwidth",
+        "tflops",
+        "resolution",
+        "dtype",
+        "activations",
+        "card",
+        "pageable",
+        "reserve",
+    )
+    try:
+        document = advise_asked(Asked(**{name: getattr(arguments, name) for name in names}))
+    except ImportError as error:
+        return complain(f"plan needs diffusers to know its models ({error}); install balanced-offload[demo]")
+    except ValueError as error:
+        return complain(str(error))
+    print(advice_text(document), file=sys.stderr if arguments.json == STDOUT else sys.stdout, end="", flush=True)
     return write_json(document, arguments.json)
 
 
