@@ -131,7 +131,11 @@ def figures_of(asked: Asked) -> Figures:
 
 def _card(key: str) -> Figures:
     """A card of the simulator's table: rounded, published or estimated figures of its class."""
-    from .simulator.cards import CARDS
+    try:
+        from .simulator.cards import CARDS
+    except ImportError as error:
+        remedy = "give --vram, --bandwidth and --tflops, or install balanced-offload from the package index"
+        raise bad_value("--card", key, "none: this package is without the table of cards", remedy) from error
 
     if key not in CARDS:
         near = [known for known in CARDS if key.lower().replace(" ", "") in known]

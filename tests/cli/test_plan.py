@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from balanced_offload.offload.advice import CONTEXT, MODES, advise
 from balanced_offload.offload.advice_options import Asked, Figures, figures_of, read_rate, read_tflops
 from balanced_offload.offload.models import NAMES, UnitCost, build_denoiser, walk
 from balanced_offload.offload.models.walks import ModelWalk
+from balanced_offload.offload.policy import ComponentInfo, Machine, OffloadMode, OffloadPolicy, WorkingSet
 from balanced_offload.offload.simulator.cards import CARDS
 
 from .conftest import command
@@ -119,7 +121,27 @@ def test_a_mode_keeps_to_its_policys_mark():
     assert document["modes"]["auto"]["resolved"] == "balanced"
     assert balanced["resident"] + balanced["ring"] > 0.97 * balanced["high"]
     assert document["plan"]["resident"] > balanced["resident"]
-    assert plan("--model", "qwen-image", *CARD, "--vram", "4GiB")["modes"]["auto"]["resolved"] == "sequential"
+
+
+def test_what_to_write_for_the_plan_is_what_gives_it():
+    """The mark that the text names, asked of the policy, is one under which the same plan is made."""
+    for vram, mode in (("16GiB", "auto"), ("4GiB", "balanced")):
+        ended = command("plan", "--model", "flux1-dev", "--resolution", "512x512", *CARD, "--vram", vram)
+        named = re.search(r'(\w+) with high = "([0-9.]+GiB)" gives the plan above', ended.out)
+        assert named is not None and named[1] == mode
+        policy = OffloadPolicy(mode=OffloadMode(named[1]), high=named[2])
+        size = int(vram.removesuffix("GiB")) * GIB
+        need = WorkingSet((ComponentInfo("denoiser", "x", "denoiser", 24 * 10**9),), 2 * GIB)
+        resolved = policy.resolve(Machine("a card", "cuda", size, others=CONTEXT), need)
+        found = plan("--model", "flux1-dev", "--resolution", "512x512", *CARD, "--vram", vram)["plan"]
+        assert resolved.mode is OffloadMode.BALANCED
+        assert found["resident"] + found["ring"] <= resolved.high < found["resident"] + found["ring"] + GIB // 8
+
+
+def test_a_package_without_the_table_of_cards(monkeypatch):
+    monkeypatch.setitem(sys.modules, "balanced_offload.offload.simulator.cards", None)
+    ended = command("plan", "--model", "sdxl", "--card", "rtx4080-16g")
+    assert ended.code == 2 and "without the table of cards" in ended.err and "--bandwidth" in ended.err
 
 
 def test_what_it_says():
