@@ -105,6 +105,18 @@ class Bench:
         applied, self.applied, self.inputs = self.applied, None, {}
         if applied is not None:
             applied.close()
+            forget_cached(applied.module)
+
+
+def forget_cached(module: nn.Module) -> None:
+    """Empty the `lru_cache`s of methods in the model's classes: some hold tensors on the device (Qwen's positions)."""
+    for kind in {type(part) for part in module.modules()}:
+        for attribute in vars(kind).values():
+            inside = [cell.cell_contents for cell in getattr(attribute, "__closure__", None) or ()]
+            for cached in (attribute, *inside):  # diffusers wraps the cached function once more
+                clear = getattr(cached, "cache_clear", None)
+                if clear is not None:
+                    clear()
 
 
 def run_baseline(place: Place, setting: Setting) -> Baseline:

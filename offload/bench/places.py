@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ..sizes import GIB
+from .shapes import remembered_shapes
 
 Step = Callable[[], Any]
 _NO_CAP = 1 << 50
@@ -143,7 +144,7 @@ class SimulatedPlace:
     rung = "simulated"
     timed_blocks = 1  # virtual time repeats to the digit
 
-    def __init__(self, vram: ModuleType, ghost_bytes: int = 1 << 20) -> None:
+    def __init__(self, vram: ModuleType, ghost_bytes: int = 1 << 17) -> None:
         self._vram = vram
         self._ghost_bytes = ghost_bytes
         self.device = torch.device("vram", 0)
@@ -191,8 +192,11 @@ class SimulatedPlace:
         finally:
             self._vram.configure(**{key: before[key] for key in options})
 
-    def ghost(self, on: bool) -> contextlib.AbstractContextManager[None]:
-        return self._configured(ghost=self._ghost_bytes if on else 0)
+    @contextlib.contextmanager
+    def ghost(self, on: bool) -> Iterator[None]:
+        memory = remembered_shapes() if on else contextlib.nullcontext()
+        with self._configured(ghost=self._ghost_bytes if on else 0), memory:
+            yield
 
     def time(self, step: Step, steps: int) -> tuple[float, Counts]:
         self._vram.reset_clock()
