@@ -17,13 +17,12 @@ from dataclasses import dataclass
 
 from .candidates import Choice, families, tiny_units
 from .schedule import Piece, Rates, Schedule, StepTime
-from .search import FEW, Board, Score, improve, laps
+from .search import SOME, Board, Score, even_ring, improve
 from .sizes import format_size
-from .units import ALIGNMENT
 
 RINGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # ring sizes to try, in largest streamed units
 LARGEST_CLASSES = 2  # of the largest sizes, how many may stay whole for the sake of a smaller ring
-STARTS = 4  # placements that the search starts from on a short walk
+STARTS = 8  # placements that the search starts from on a short walk
 CAUTION = 0.95  # of the measured rate: what a plan should bear without a loss
 EVEN = 1e-9  # relative: times that count as equal
 NEARLY = 1e-3
@@ -203,7 +202,7 @@ class _Planner:
         starts = sorted(self.starts.items(), key=lambda item: item[1].step)
         if self.best is None or self.best.step <= floor * ENOUGH:
             return
-        chosen = starts[: STARTS if len(self.choices) <= FEW else 1]
+        chosen = starts[: STARTS if len(self.choices) <= SOME else 1]
         for name, start in chosen:
             self._try(name, improve(board, start, floor * ENOUGH))
 
@@ -252,7 +251,7 @@ def _smallest(schedule: Schedule, flow: Sequence[int], most: int, as_good: Calla
     if not sizes:
         return 0
     least = max(sizes)
-    rings = sorted({_even(sizes, least + (most - least) * n // NOTCHES) for n in range(NOTCHES + 1)})
+    rings = sorted({even_ring(sizes, least + (most - least) * n // NOTCHES) for n in range(NOTCHES + 1)})
     low, high = 0, len(rings) - 1
     while low < high:
         middle = (low + high) // 2
@@ -265,16 +264,3 @@ def _smallest(schedule: Schedule, flow: Sequence[int], most: int, as_good: Calla
 
 def _compute(walk: Sequence[Piece], positions: Sequence[int]) -> float:
     return sum(walk[p].compute_s for p in positions)
-
-
-def _even(sizes: Sequence[int], ring: int) -> int:
-    """The smallest ring that makes as few laps as `ring` does."""
-    wanted = laps(sizes, ring)
-    low, high = max(sizes), ring
-    while high - low > ALIGNMENT:
-        middle = (low + high) // 2
-        if laps(sizes, middle) <= wanted:
-            high = middle
-        else:
-            low = middle
-    return low if laps(sizes, low) <= wanted else high

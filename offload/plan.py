@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .candidates import Choice, fill, interleaved, tiny_units
+from .explain import plan_sentence
 from .placement import CannotFit, plan_walk, smallest_ring
 from .schedule import Piece, Rates, Schedule, StepTime
 from .sizes import format_size
 from .units import Component, Unit
-from .explain import plan_sentence
 
 MOST_GIANTS = 3  # units that are tried as residents for the sake of a smaller ring
 LOOKAHEAD_UNITS = 3  # ring size in largest streamed units: one in use, one arriving, one more to ride out the wrap

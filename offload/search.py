@@ -1,8 +1,8 @@
 """The board that placements are scored on, and the search around the best. Invariant: a score is a plan that fits.
 
 A placement is the set of units that stay; what they leave of the room is the ring. The search exchanges units between
-the two sides. On a short walk it tries every exchange; on a long one, those that the schedule points at: what was
-copied just before a stall stays, for units that stay where the copies have time to spare.
+the two sides. On a short walk it tries every exchange of a few units; on a long one, those that the schedule points at:
+what was copied just before a stall stays, for units that stay where the copies have time to spare.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import combinations
 
 from .candidates import Choice
 from .schedule import INFINITE, Schedule
 
 FEW = 14  # units whose every exchange is tried, with every ring whose laps come out even
+SOME = 48  # units whose every exchange of one for one is tried
 ROUNDS = 60  # exchanges at most
 GUIDED = 24  # exchanges that are scored per round on a long walk
 WINDOW = 4  # streamed units before a stall whose copies may be its cause
@@ -51,6 +53,8 @@ class Board:
         self.wrap = wrap
         self.sizes = [c.nbytes for c in choices]
         self.total = sum(self.sizes)
+        self._above: dict[frozenset[int], float] = {}  # what is known not to be faster than that
+        self._known: dict[frozenset[int], Score] = {}
         self.single = all(len(p) == 1 for p in positions)
 
     def left(self, keep: AbstractSet[int]) -> int:
@@ -74,31 +78,54 @@ class Board:
             return []
         if self.prefetch is not None:
             return [min(most, max(self.prefetch, largest))]
-        return [most, *even_rings(flow, most)] if len(flow) <= FEW else [most]
+        return [most, *even_rings(flow, most)] if len(self.choices) <= FEW else [most]
 
     def score(self, keep: AbstractSet[int], below: float = INFINITE) -> Score | None:
         """The best of its rings, or None where it has no room or is not faster than `below`."""
-        best: Score | None = None
+        keep = frozenset(keep)
+        known = self._known.get(keep)
+        if known is not None:
+            return known if known.step < below else None
+        if self._above.get(keep, 0.0) >= below:
+            return None
         flow = self.flow(keep)
+        if self.schedule.floor(flow) >= below:
+            return None
+        limit, best = below, None
         for ring in self.rings(keep):
             step = self.schedule.step(flow, ring, wrap=self.wrap, below=below)
             if step < below:
-                best, below = Score(frozenset(keep), ring, step), step
+                best, below = Score(keep, ring, step), step
+        if best is None:
+            self._above[keep] = limit
+        else:
+            self._known[keep] = best
         return best
 
 
 def even_rings(sizes: Sequence[int], most: int) -> list[int]:
-    """For each number of laps the smallest ring that makes them, as far as it is below `most`; largest first."""
-    sums = sorted({sum(sizes[i:j]) for i in range(len(sizes)) for j in range(i + 1, len(sizes) + 1)})
-    options = sums[bisect_left(sums, max(sizes)) : bisect_left(sums, most)]
+    """For each number of laps that a ring of up to `most` bytes can make the smallest such ring; largest first."""
     found: list[int] = []
-    before = None
-    for ring in options:
-        count = laps(sizes, ring)
-        if count != before:
+    ring = most
+    while ring >= max(sizes):
+        ring = even_ring(sizes, ring)
+        if ring < most:
             found.append(ring)
-        before = count
-    return found[::-1]
+        ring -= 1
+    return found
+
+
+def even_ring(sizes: Sequence[int], ring: int) -> int:
+    """The smallest ring that makes as few laps as `ring` does."""
+    wanted = laps(sizes, ring)
+    low, high = max(sizes) - 1, ring
+    while high - low > 1:
+        middle = (low + high) // 2
+        if laps(sizes, middle) <= wanted:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def laps(sizes: Sequence[int], ring: int) -> int:
@@ -117,7 +144,7 @@ def improve(board: Board, start: Score, enough: float) -> Score:
     for _ in range(ROUNDS):
         if best.step <= enough:
             break
-        moves = _every_exchange(board, best.keep) if len(board.choices) <= FEW else _guided(board, best)
+        moves = _exchanges(board, best.keep) if len(board.choices) <= SOME else _guided(board, best)
         found: Score | None = None
         for keep in moves:
             limit = (found or best).step * (1 - GAIN)
@@ -128,24 +155,18 @@ def improve(board: Board, start: Score, enough: float) -> Score:
     return best
 
 
-def _every_exchange(board: Board, keep: frozenset[int]) -> Iterator[frozenset[int]]:
-    """All sets that differ in one unit, or have one unit for another, or two for one."""
+def _exchanges(board: Board, keep: frozenset[int]) -> Iterator[frozenset[int]]:
+    """All sets that have a few units for as many others: up to two on a short walk, else one."""
+    most = 2 if len(board.choices) <= FEW else 1
     inside, outside = sorted(keep), [at for at in range(len(board.choices)) if at not in keep]
-    for at in outside:
-        yield keep | {at}
-    for gone in inside:
-        without = keep - {gone}
-        yield without
-        for at in outside:
-            yield without | {at}
-            for other in outside:
-                if other > at:
-                    yield without | {at, other}
-    for first in inside:
-        for second in inside:
-            if second > first:
-                for at in outside:
-                    yield (keep - {first, second}) | {at}
+    for gone in _up_to(most, inside):
+        for more in _up_to(most, outside):
+            if gone or more:
+                yield (keep - gone) | more
+
+
+def _up_to(most: int, members: Sequence[int]) -> list[frozenset[int]]:
+    return [frozenset(c) for count in range(most + 1) for c in combinations(members, count)]
 
 
 def _guided(board: Board, best: Score) -> Iterator[frozenset[int]]:

@@ -29,6 +29,18 @@ def random_walk(rng: random.Random, count: int, *, host: bool = False, pageable:
     return walk
 
 
+def close_walk(rng: random.Random, count: int, rates: Rates) -> list[Piece]:
+    """Units of like size whose copies take about as long as all compute: where placement and ring decide."""
+    sizes = [rng.randrange(20, 100) << 20 for _ in range(count)]
+    compute = [rng.choice([0.0, rng.random(), 3 * rng.random()]) for _ in range(count)]
+    stretch = rng.uniform(0.2, 1.2) * sum(sizes) / rates.h2d / (sum(compute) or 1.0)
+    shares = [rng.choice([1.0, rng.random()]) for _ in range(count)]
+    return [
+        Piece(n, c * stretch, i, own_s=c * stretch * share)
+        for i, (n, c, share) in enumerate(zip(sizes, compute, shares, strict=True))
+    ]
+
+
 def random_rates(rng: random.Random, *, hook: bool = False) -> Rates:
     h2d = rng.choice([6, 12, 24, 50]) * GB
     return Rates(h2d, h2d / rng.uniform(1.2, 4), rng.choice([0.0, 8e-6, 1e-4]), rng.choice([0, 5e-5]) if hook else 0.0)
