@@ -7,6 +7,7 @@ is to hand them to the tensors, which keep their identity, and to look whether s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,9 @@ from .units import Storage, TensorRef, aligned
 
 if TYPE_CHECKING:
     from .weights import Weights
+
+
+version_of = attrgetter("_version")
 
 
 def stretches(storages: Sequence[Storage], buffer: torch.Tensor) -> list[torch.Tensor]:
@@ -30,16 +34,16 @@ class Binding:
     """The tensors that view `storages`, with their views of one device buffer and of their masters."""
 
     __slots__ = (
-        "_bound",
         "_bound_now",
-        "_counted",
-        "_downs",
         "_raws",
         "_refs",
-        "_suspects",
-        "_ups",
-        "_versions",
         "_weights",
+        "bound",
+        "counted",
+        "downs",
+        "suspects",
+        "ups",
+        "versions",
     )
 
     def __init__(self, weights: Weights, storages: Sequence[Storage], buffer: torch.Tensor) -> None:
@@ -50,37 +54,41 @@ class Binding:
         self._bound_now = weights.bound_now
         tensors = [ref.tensor for ref in self._refs]
         homes = [view for storage in storages for view in weights.homes(storage)]
-        self._ups = [(ref.tensor, weights.view(self._raws[ref.storage], ref)) for ref in self._refs]
-        self._downs = list(zip(tensors, homes, strict=True))
+        self.ups = [(ref.tensor, weights.view(self._raws[ref.storage], ref)) for ref in self._refs]
+        self.downs = list(zip(tensors, homes, strict=True))
         # what was made in inference mode counts no writes, and running statistics are written without being counted
-        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._suspects = [ref for ref in self._refs if ref.keeps_statistics]
-        self._versions: list[int] = []
-        self._bound = False
+        self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.suspects = [ref for ref in self._refs if ref.keeps_statistics]
+        self.versions = self.versions_now()
+        self.bound = False
+
+    def versions_now(self) -> list[int]:
+        """How often each tensor was written in place so far; to point it elsewhere is no write."""
+        return list(map(version_of, self.counted))
 
     def up(self) -> None:
         """Point the tensors at the device."""
-        # first, since an assignment to `.data` is no write: whatever interrupts this, `down` finds nothing to keep
-        self._versions = [tensor._version for tensor in self._counted]
-        self._bound = True
+        self.versions = self.versions_now()  # first: whatever interrupts this, `down` finds nothing to keep
+        self.bound = True
         self._bound_now.update(self._raws)
-        for tensor, view in self._ups:
+        for tensor, view in self.ups:
             tensor.data = view
 
     def down(self) -> None:
         """Point the tensors at their masters; bytes that were written meanwhile come down first. Again does nothing."""
-        if not self._bound:
+        if not self.bound:
             return
-        if self._suspects or self._versions != [tensor._version for tensor in self._counted]:
-            self._keep_writes()
-        for tensor, home in self._downs:
+        if self.suspects or self.versions != self.versions_now():
+            self.keep_writes()
+        for tensor, home in self.downs:
             tensor.data = home
         for index in self._raws:
             self._bound_now.pop(index, None)
-        self._bound = False
+        self.bound = False
 
-    def _keep_writes(self) -> None:
-        before = dict(zip(map(id, self._counted), self._versions, strict=True))
+    def keep_writes(self) -> None:
+        """Bring down what was written since `versions` were looked at."""
+        before = dict(zip(map(id, self.counted), self.versions, strict=True))
         written: dict[int, TensorRef] = {}
         for ref in self._refs:
             version = before.get(id(ref.tensor))
@@ -88,3 +96,4 @@ class Binding:
                 written[ref.storage] = ref
         for index in written:
             self._weights.bring_down(index, self._raws[index])
+        self.versions = self.versions_now()

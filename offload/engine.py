@@ -48,6 +48,7 @@ class StreamEngine:
         self.weights = weights
         self.plan: Plan | None = None
         self.stream = Stream(component, weights, backend, ledger, copy_stream)
+        self.stream.otherwise = (self._before, self._after)
         self.held_units = {u.index for u in component.units if u.tied or not u.is_leaf}
         # held from the start of every forward: nobody calls their module, or its hooks would change what runs
         self._upfront = {u.index for u in component.units if not u.hookable}
@@ -137,7 +138,7 @@ class StreamEngine:
         again = [i for i in (*order, *range(len(self.component.units))) if i in flowing]
         again += [i for i in missing if i in self._residents.moved]
         if self.weights.pin(self.component.units[i] for i in dict.fromkeys(again)):
-            self.stream.masters_moved()
+            self.stream.forget_places()
 
     def evict(self, nbytes: int | None, reason: Reason) -> int:
         """Free at least `nbytes` of device memory (all of it where None) without copying anything.
@@ -183,10 +184,10 @@ class StreamEngine:
 
     def _arm(self, unit: Unit) -> None:
         handles = self._hooks[unit.index] = []
-        handles.append(unit.module.register_forward_pre_hook(functools.partial(self._before, unit)))
-        handles.append(unit.module.register_forward_hook(functools.partial(self._after, unit)))
+        handles.append(unit.module.register_forward_pre_hook(functools.partial(self.stream.before, unit)))
+        handles.append(unit.module.register_forward_hook(functools.partial(self.stream.after, unit)))
 
-    def _before(self, unit: Unit, *_: Any) -> None:
+    def _before(self, unit: Unit) -> None:
         if (not self._open or self._implicit is not None) and not self._begin_part(unit):
             return
         self._moving = True
@@ -198,7 +199,7 @@ class StreamEngine:
         finally:
             self._moving = False
 
-    def _after(self, unit: Unit, *_: Any) -> None:
+    def _after(self, unit: Unit) -> None:
         self._moving = True
         try:
             self.stream.give(unit)
@@ -235,6 +236,7 @@ class StreamEngine:
         try:
             with self._watch(order), self._guard_gradients():
                 if timing is None or self._watched_last:  # to watch takes time, which is none of the units'
+                    self.stream.direct = not self._watched_last and not self._ledger.active
                     yield
                 else:
                     with timing:

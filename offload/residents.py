@@ -14,8 +14,8 @@ import torch
 
 from .backend import Backend, Mark
 from .binding import stretches
+from .copies import copies_ordered
 from .ledger import Ledger, Reason
-from .stream import copies_ordered
 from .units import Component, Unit
 from .weights import Weights
 

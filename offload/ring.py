@@ -22,7 +22,7 @@ from .weights import Weights
 class Slot:
     """One streamed unit's place in the ring."""
 
-    __slots__ = ("after", "at", "binding", "copied", "copies", "nbytes", "pinned", "released", "start", "unit")
+    __slots__ = ("after", "at", "binding", "copied", "copies", "lead", "nbytes", "pinned", "released", "start", "unit")
 
     def __init__(
         self, unit: Unit, at: int, after: int, start: int, buffer: torch.Tensor, weights: Weights, backend: Backend
@@ -31,6 +31,7 @@ class Slot:
         self.unit = unit
         self.at = at  # its position in the walk
         self.after = after  # the release that its copy waits for, see layout.Layout
+        self.lead = after - at  # the same, counted from its own place
         self.start = start
         self.binding = Binding(weights, unit.storages, room)
         self.copies = weights.copies(unit.storages, room)

@@ -1,33 +1,28 @@
-"""The walk of streamed units through the ring. Invariant: a unit is bound to its slot from just before its forward
-until just after it; copies run ahead on the copy stream as far as the ring has room, and never over bytes in use.
+"""Streamed units while they run. Invariant: a unit is bound to its slot from just before its forward until just after
+it; copies run ahead on the copy stream as far as the ring has room, and never over bytes in use.
 
-The order of execution is recorded in each forward and foreseen for the next one; the slots are laid out for it. The
-first forward copies each unit when it is called; from the second on, the copies run ahead, past the end of a forward
-too. A unit that was foreseen and skipped costs its copy at most; one that was not foreseen is copied on the spot into
-memory of its own, and the walk goes on behind it.
-
-Places are counted through all forwards: unit `at` of forward f is place f * n + at. Three counters say it all: copies
-are issued up to `_issued`, units were given back up to `_given`, and the forward stands at `_place`.
+The order of execution is recorded in each forward and foreseen for the next one; the slots are laid out for it, and
+walk.py keeps the copies ahead. The first forward copies each unit when it is called; from the second on, the copies
+run ahead, past the end of a forward too. A unit that was foreseen and skipped costs its copy at most; one that was not
+foreseen is copied on the spot into memory of its own, and the walk goes on behind it.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .backend import Backend
-from .binding import stretches
+from .binding import stretches, version_of
+from .copies import copies_ordered
 from .ledger import Ledger
 from .ring import Ring, Slot
 from .units import Component, Storage, Unit, aligned
+from .walk import Walk
 from .weights import Weights
-
-NEVER = 1 << 62  # a place that no walk comes to
-MOST_TURNS = 4  # orders of execution whose slots are kept: a VAE's encode and decode, and a few more
 
 
 class Order:
@@ -51,28 +46,26 @@ class Order:
 
 
 class Stream:
-    """Streams the units of one component through one ring."""
+    """Streams the units of one component through one ring.
+
+    `before` and `after` are the hooks around a unit's forward. They do what a step as foreseen needs, and hand over to
+    the pair in `otherwise` in all other cases, and while `direct` is not set.
+    """
 
     def __init__(
         self, component: Component, weights: Weights, backend: Backend, ledger: Ledger, copy_stream: Any
     ) -> None:
         self.component = component
         self.ring: Ring | None = None
-        self.watched: list[tuple[int, bool, Any, Any]] | None = None  # (bytes, pinned, start, end) of copies, if asked
+        self.walk = Walk(component, backend, ledger, copy_stream)
+        self.direct = False
+        self.otherwise: tuple[Callable[[Unit], None], Callable[[Unit], None]] = (self.take, self.give)
         self._weights = weights
         self._backend = backend
         self._ledger = ledger
         self._copy_stream = copy_stream
         self._order: Order | None = None
-        self._compute: Any = None
-        self._slots: list[Slot] = []
-        self._by_unit: dict[int, Slot] = {}
-        self._turns: list[tuple[list[int], list[Slot]]] = []  # orders for which slots were laid out in this ring
-        self._laid_for: list[int] | None = None  # the one that the slots at hand are for
-        self._base = self._place = self._issued = self._given = self._limit = 0
-        self._needed = NEVER  # the place whose release the next copy waits for
-        self._early: set[int] = set()  # places given back before one in front of them
-        self._ready: Any = None  # what the first copies wait for: whatever used these bytes before
+        self._seen: list[int] = []  # its `seen`
         self._spots: list[tuple[int, Any]] = []  # while the order is not known: where units may lie, and since when
         self._next_spot = 0
         self._live: dict[int, Slot | torch.Tensor] = {}  # bound units: in the ring, or in a buffer beside it
@@ -101,44 +94,34 @@ class Stream:
     def drop(self) -> None:
         """Give the ring's memory back; what was copied ahead is lost."""
         if self.ring is not None:
-            self.masters_moved()
+            self.forget_places()
             # the allocator owes these bytes to the compute stream only: let that one wait for the last copy
             self._backend.current_stream().wait_event(self._backend.record(self._copy_stream))
             self.ring = None
 
-    def masters_moved(self) -> None:
-        """Copies and views that were prepared point at places where no master, or no ring, lies any more."""
+    def forget(self) -> None:
+        """Discard what was copied ahead."""
+        self.walk.forget()
+        self._spots, self._next_spot = [], 0
+
+    def forget_places(self) -> None:
+        """Masters have moved, or the ring goes: nothing that was prepared holds any more."""
         self.forget()
-        self._turns.clear()
+        self.walk.forget_places()
 
     # ------------------------------------------------------------------ a forward
     def open(self, order: Order, wrap: bool, flowing: frozenset[int]) -> None:
         """A forward begins. `wrap`: copies run on into the next forward. `flowing`: the units that pass through."""
         order.restrict(flowing)
         self._order = order
-        self._compute = self._backend.current_stream()  # asked once a forward: it costs as much as an event
-        order.seen = []
-        if order.known is None or self.ring is None:
+        order.seen = self._seen = []
+        self.walk.compute = self._backend.current_stream()  # asked once a forward: it costs as much as an event
+        if order.known is not None and self.ring is not None:
+            self._spots = []
+            self.walk.begin(order.known, self.ring, self._weights, wrap)
+        else:
             self.forget()
             self._make_spots(flowing)
-            return
-        if self._laid_for is not order.known:
-            self._lay(order.known)
-        count = len(self._slots)
-        self._limit = self._base + (2 * count if wrap else count)
-        self._look_ahead()
-        self._pump()
-
-    def _lay(self, known: list[int]) -> None:
-        self.forget()
-        assert self.ring is not None
-        slots = next((slots for order, slots in self._turns if order == known), None)
-        if slots is None:
-            slots = self.ring.lay([self.component.units[i] for i in known], self._weights)
-            self._turns = [*self._turns[1 - MOST_TURNS :], (known, slots)]
-        self._slots, self._laid_for = slots, known
-        self._by_unit = {slot.unit.index: slot for slot in slots}
-        self._ready = self._backend.record(self._compute)
 
     def _make_spots(self, flowing: frozenset[int]) -> None:
         """Divide the ring into places for units of any size, taken in turn."""
@@ -147,22 +130,24 @@ class Stream:
         sizes = [self.component.units[index].slot_bytes for index in flowing]
         largest = max((size for size in sizes if size <= self.ring.capacity), default=0)
         if largest:
-            self._ready = self._backend.record(self._compute)
-            self._spots = [(n * largest, self._ready) for n in range(self.ring.capacity // largest)]
+            ready = self._backend.record(self.walk.compute)
+            self._spots = [(n * largest, ready) for n in range(self.ring.capacity // largest)]
 
     def close(self) -> set[int]:
         """The forward ended. Returns the units that ran more than once: those can not flow, and must be held."""
         order = self._order
         assert order is not None
-        repeats = {i for i, n in Counter(order.seen).items() if n > 1}
-        seen = [i for i in order.seen if i not in repeats] if repeats else order.seen
+        self.direct = False
+        seen, repeats = order.seen, set[int]()
+        if seen != order.known:
+            repeats = {i for i, n in Counter(seen).items() if n > 1}
+            seen = [i for i in seen if i not in repeats]
         order.deviated = order.known is not None and seen != order.known
         if seen != order.known:
             order.known = seen
             self.forget()
         else:
-            self._base += len(self._slots)
-            self._place = self._base
+            self.walk.end()
         order.forwards += 1
         self._order = None
         return repeats
@@ -170,6 +155,7 @@ class Stream:
     def abort(self) -> None:
         """The forward raised, at any point of it: unbind what may be bound, and give up the ring with whatever slot
         was in nobody's hands just then."""
+        self.direct = False
         for index in list(self._live):
             place = self._live.pop(index)
             if isinstance(place, Slot):
@@ -181,36 +167,72 @@ class Stream:
         self.drop()
         self._order = None
 
-    def take(self, unit: Unit) -> None:
+    # ------------------------------------------------------------------ the hooks
+    # Both are as flat as they are because Python is what a step of small layers is made of: a call costs as much as
+    # three assignments to `.data`.
+    def before(self, unit: Unit, *_: Any) -> None:
         """Bind `unit` for its forward; the compute stream waits for its copy."""
-        index = unit.index
+        walk = self.walk
+        slot = walk.by_unit.get(unit.index)
+        if slot is None or not self.direct or slot.at != walk.at or walk.base + slot.at >= walk.issued:
+            self.otherwise[0](unit)
+            return
+        walk.at += 1
+        self._seen.append(unit.index)
+        self._live[unit.index] = slot
+        walk.compute.wait_event(slot.copied)
+        binding = slot.binding
+        binding.bound = True  # its versions are those that `Walk.begin` looked at
+        for tensor, view in binding.ups:
+            tensor.data = view
+
+    def after(self, unit: Unit, *_: Any) -> None:
+        """The forward of `unit` is over: its bytes may be reused once the compute stream is past this point."""
+        slot = self._live.get(unit.index)
+        if not isinstance(slot, Slot) or not self.direct or slot.at < 0:
+            self.otherwise[1](unit)
+            return
+        binding = slot.binding
+        if binding.suspects or binding.versions != list(map(version_of, binding.counted)):
+            binding.keep_writes()
+        for tensor, home in binding.downs:
+            tensor.data = home
+        binding.bound = False
+        del self._live[unit.index]
+        walk = self.walk
+        slot.released.record(walk.compute)
+        if walk.base + slot.at == walk.given and not walk.early:
+            walk.given += 1
+        else:
+            walk.give_back(walk.base + slot.at)
+        if walk.needed < walk.given:
+            walk.pump()
+
+    def take(self, unit: Unit) -> None:
+        """`before`, whatever the case."""
+        index, walk = unit.index, self.walk
         if index in self._live:
             return
         order = self._order
         assert order is not None
         order.seen.append(index)
-        slot = self._by_unit.get(index)
+        slot = walk.by_unit.get(index)
         if slot is None:
             slot = self._on_the_spot(unit)
-        elif self._base + slot.at == self._place < self._issued:  # as foreseen
-            self._place += 1
-        else:
-            slot = self._reach(slot)
+        elif not walk.reach(slot):
+            slot = None
         if slot is None:
             self._live[index] = self.copy_aside(unit.storages, unit.slot_bytes)
             return
         # before it is bound: an exception in between leaves nothing bound that nobody knows of
         self._live[index] = slot
-        if self._ledger.active:
-            with self._ledger.wait("stall"):
-                self._compute.wait_event(slot.copied)
-        else:
-            self._compute.wait_event(slot.copied)
+        with self._ledger.wait("stall"):
+            walk.compute.wait_event(slot.copied)
         slot.binding.up()
 
     def give(self, unit: Unit) -> None:
-        """The forward of `unit` is over: its bytes may be reused once the compute stream is past this point."""
-        place = self._live.get(unit.index)
+        """`after`, whatever the case."""
+        place, walk = self._live.get(unit.index), self.walk
         if place is None:
             return
         if not isinstance(place, Slot):
@@ -221,26 +243,29 @@ class Stream:
             return
         place.binding.down()
         del self._live[unit.index]
-        place.released.record(self._compute)
+        place.released.record(walk.compute)
         if place.at < 0:
             self._spots[-1 - place.at] = (place.start, place.released)
-            return
-        here = self._base + place.at
-        if here == self._given and not self._early:
-            self._given = here + 1
         else:
-            self._give_back(here)
-        if self._needed < self._given:
-            self._pump()
+            walk.give_back(walk.base + place.at)
+            walk.pump()
 
-    def forget(self) -> None:
-        """Discard what was copied ahead. Copies that are under way are no danger: later ones come behind them."""
-        self._slots, self._by_unit, self._laid_for, self._spots = [], {}, None, []
-        self._base = self._place = self._issued = self._given = self._limit = self._next_spot = 0
-        self._needed = NEVER
-        self._early.clear()
+    # ------------------------------------------------------------------ what nobody foresaw
+    def _on_the_spot(self, unit: Unit) -> Slot | None:
+        """Nobody foresaw this unit: copy it now, into a spot of the ring if there is one that is free."""
+        if not self._spots or self.ring is None:
+            return None
+        number = self._next_spot % len(self._spots)
+        start, released = self._spots[number]
+        room = self._spots[1][0] if len(self._spots) > 1 else self.ring.capacity
+        if released is None or unit.slot_bytes > room:  # another unit lies there and runs
+            return None
+        self._next_spot += 1
+        slot = self.ring.spot(unit, number, start, self._weights)
+        self._spots[number] = (start, None)
+        self.walk.timed_copy(slot, released)
+        return slot
 
-    # ------------------------------------------------------------------ beside the ring
     def copy_aside(self, storages: Sequence[Storage], nbytes: int) -> torch.Tensor:
         """Bring `storages` up in a buffer of their own and bind them; the compute stream waits for the copy."""
         with torch.inference_mode(False), torch.no_grad():
@@ -256,137 +281,12 @@ class Stream:
             end = self._backend.record(self._copy_stream, timed=True)
         for storage, part in zip(storages, stretches(storages, buffer), strict=True):
             self._weights.bind(storage, part)
-        self._log(sum(source.numel() for _, source in copies), len(copies), start, end, overlapped=False)
+        nbytes = sum(source.numel() for _, source in copies)
+        self._ledger.move(
+            self.component.name, "h2d", nbytes, "forward", copy_start=start, copy_end=end, count=len(copies)
+        )
         return buffer
 
     def gone_aside(self, buffer: torch.Tensor) -> None:
         """A buffer that `copy_aside` made is not used any more."""
         self._beside -= buffer.numel()
-
-    # ------------------------------------------------------------------ inside
-    def _reach(self, slot: Slot) -> Slot | None:
-        """Go on to `slot`; None if the walk is past it already, or its copy cannot start yet."""
-        place = self._base + slot.at
-        if place < self._place:
-            return None
-        while self._place < place:  # foreseen, but skipped this time
-            self._pass(self._place)
-        if place >= self._issued:
-            self._pump()
-            if place >= self._issued:  # units that run around it hold the bytes
-                self._pass(place)
-                return None
-        self._place = place + 1
-        return slot
-
-    def _pass(self, place: int) -> None:
-        """A place goes by unused. Released on the compute stream like all others, so that one event covers all that
-        came before it; the copy, if it is under way, comes before the next one into these bytes."""
-        self._slots[place % len(self._slots)].released.record(self._compute)
-        self._issued = max(self._issued, place + 1)
-        self._look_ahead()
-        self._place = place + 1
-        self._give_back(place)
-
-    def _give_back(self, place: int) -> None:
-        if place != self._given:
-            self._early.add(place)
-            return
-        self._given += 1
-        while (
-            self._early and self._given in self._early
-        ):  # given back before its turn: what waits for it waits for the others too
-            self._early.remove(self._given)
-            self._slots[self._given % len(self._slots)].released.record(self._compute)
-            self._given += 1
-
-    def _look_ahead(self) -> None:
-        """What the next copy waits for."""
-        if self._issued < self._limit:
-            slot = self._slots[self._issued % len(self._slots)]
-            self._needed = self._issued - slot.at + slot.after
-        else:
-            self._needed = NEVER
-
-    def _pump(self) -> None:
-        """Start the copies that come next, as far as what lay in their bytes was given back."""
-        if self._needed >= self._given:
-            return
-        slots, count, stream = self._slots, len(self._slots), self._copy_stream
-        timed = self._ledger.active or self.watched is not None
-        if not timed:
-            self._backend.set_stream(stream)
-        try:
-            while self._needed < self._given:
-                slot = slots[self._issued % count]
-                after = slots[self._needed % count].released if self._needed >= 0 else self._ready
-                if timed:
-                    self._timed_copy(slot, after)
-                else:
-                    stream.wait_event(after)
-                    for target, source in slot.copies:
-                        target.copy_(source, non_blocking=True)
-                    slot.copied.record(stream)
-                    self._ledger.total_moves += len(slot.copies)
-                    self._ledger.total_bytes_h2d += slot.nbytes
-                self._issued += 1
-                self._look_ahead()
-        finally:
-            if not timed:
-                self._backend.set_stream(self._compute)
-
-    def _on_the_spot(self, unit: Unit) -> Slot | None:
-        """Nobody foresaw this unit: copy it now, into a spot of the ring if there is one that is free."""
-        if not self._spots or self.ring is None:
-            return None
-        number = self._next_spot % len(self._spots)
-        start, released = self._spots[number]
-        room = self._spots[1][0] if len(self._spots) > 1 else self.ring.capacity
-        if released is None or unit.slot_bytes > room:  # another unit lies there and runs
-            return None
-        self._next_spot += 1
-        slot = self.ring.spot(unit, number, start, self._weights)
-        self._spots[number] = (start, None)
-        self._timed_copy(slot, released)
-        return slot
-
-    def _timed_copy(self, slot: Slot, after: Any) -> None:
-        """Fill a slot, with marks around the copy for whoever wants to know how long it takes."""
-        # a copy from pageable memory holds the host: what the device waits meanwhile is a stall
-        blocked = contextlib.nullcontext() if slot.pinned else self._ledger.wait("stall")
-        with blocked, self._backend.on_stream(self._copy_stream):
-            self._copy_stream.wait_event(after)
-            start = self._backend.record(self._copy_stream, timed=True)
-            for target, source in slot.copies:
-                target.copy_(source, non_blocking=True)
-            end = self._backend.record(self._copy_stream, timed=True)
-            slot.copied.record(self._copy_stream)
-        if self.watched is not None:
-            self.watched.append((slot.nbytes, slot.pinned, start, end))
-        self._log(slot.nbytes, len(slot.copies), start, end, overlapped=slot.at >= 0)
-
-    def _log(self, nbytes: int, count: int, start: Any, end: Any, *, overlapped: bool) -> None:
-        self._ledger.move(
-            self.component.name,
-            "h2d",
-            nbytes,
-            "forward",
-            copy_start=start,
-            copy_end=end,
-            overlapped=overlapped,
-            count=count,
-        )
-
-
-@contextlib.contextmanager
-def copies_ordered(backend: Backend, copy_stream: Any) -> Iterator[None]:
-    """Copies in this block run on the copy stream, behind what the compute stream has queued before it and ahead of
-    what it queues after; also when the block raises, as the memory they write to may be freed at once."""
-    compute = backend.current_stream()
-    ready = backend.record(compute)
-    try:
-        with backend.on_stream(copy_stream):
-            copy_stream.wait_event(ready)
-            yield
-    finally:
-        compute.wait_event(backend.record(copy_stream))

@@ -45,13 +45,14 @@ class Timing:
 
     def __enter__(self) -> None:
         self._calibration.start()
-        self._stream.watched = []
+        self._stream.walk.watched = []
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calibration.stop(whole=error is None)
-        self._copies, self._stream.watched = self._stream.watched or [], None
+        walk = self._stream.walk
+        self._copies, walk.watched = walk.watched or [], None
         self._pending = self._seen if error is None else None
 
     def settle(self, observe: Observe) -> bool:

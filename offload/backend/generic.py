@@ -34,6 +34,10 @@ class AcceleratorBackend:
         self.device = torch.device(device.type, index)
         known = torch.accelerator.current_accelerator()
         self._is_torchs_accelerator = known is not None and known.type == device.type
+        # the function itself: it is called twice per streamed unit
+        self.set_stream: Callable[[Any], None] = (
+            torch.accelerator.set_stream if self._is_torchs_accelerator else self._module.set_stream
+        )
         self._driver_tells = hasattr(self._module, "mem_get_info")
         self.name = self._device_name()
         simulated = hasattr(self._module, SIMULATOR_MARK)
@@ -121,12 +125,6 @@ class AcceleratorBackend:
 
     def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
         return cast("AbstractContextManager[Any]", self._module.stream(stream))
-
-    def set_stream(self, stream: Any) -> None:
-        if self._is_torchs_accelerator:
-            torch.accelerator.set_stream(stream)
-        else:
-            self._module.set_stream(stream)
 
     def record(self, stream: Any, timed: bool = False) -> Any:
         event = torch.Event(device=self.device, enable_timing=timed)

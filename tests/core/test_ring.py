@@ -159,7 +159,7 @@ def test_copies_run_past_the_end_of_a_forward_only_if_told(sim: ModuleType, wrap
             run(stream, order, units, wrap)
         sim.clear_copy_log()
         run(stream, order, units, wrap)
-        assert stream._issued - stream._base == (3 if wrap else 0)
+        assert stream.walk.issued - stream.walk.base == (3 if wrap else 0)
         assert sim.copy_totals()["h2d"] == len(units)
     stream.drop()
 
@@ -261,3 +261,26 @@ def test_a_write_to_a_streamed_weight_comes_down_once(sim: ModuleType) -> None:
         assert session.ledger.total_bytes_d2h == 3 * (64 * 64 * 4 + 0)
         for handle in handles:
             handle.remove()
+
+
+def test_a_write_between_two_forwards_is_seen_by_the_very_next_one(sim: ModuleType) -> None:
+    """Copies have run ahead past the end of a forward by then: they are of the weights before."""
+    net = build(Chain)
+    twin = clone(net)
+    with Session(policy("balanced", high="80KiB"), device=DEVICE) as session, torch.no_grad():
+        session.add("net", net)
+        for seed in range(5):
+            assert torch.equal(net(tokens(seed).to(DEVICE)).cpu(), twin(tokens(seed)))
+        assert session.components["net"].engine.stream.walk.issued > session.components["net"].engine.stream.walk.base
+        for seed in range(3):
+            for module in (net, twin):
+                for layer in module.layers:
+                    if layer.weight.device.type == "cpu":
+                        layer.weight.mul_(1.5)
+            streamed = [i for i, layer in enumerate(net.layers) if layer.weight.device.type == "cpu"]
+            for i, (mine, plain) in enumerate(zip(net.layers, twin.layers, strict=True)):
+                plain.weight.copy_(mine.weight.cpu())
+                assert i in streamed or mine.weight.device.type == DEVICE
+            assert 0 < len(streamed) < len(net.layers)
+            assert torch.equal(net(tokens(seed).to(DEVICE)).cpu(), twin(tokens(seed))), seed
+        assert session.ledger.total_bytes_d2h == 0
