@@ -20,6 +20,7 @@ from .placement import CannotFit, Placement, plan_walk
 from .policy import ComponentInfo, Machine, OffloadMode, OffloadPolicy, WorkingSet
 from .schedule import Piece, Rates, predict_step
 from .sizes import format_size
+from .strategies import predict_peers
 
 SCHEMA = "offload-plan/1"
 MODES = ("none", "balanced", "model", "sequential", "auto")
@@ -79,7 +80,7 @@ class _Advice:
             "bound_s": max(self.compute_s, missing / figures.bandwidth),
             "plan": best,
             "modes": modes,
-            "peers": {},
+            "peers": self.peers(),
             "notes": self.notes,
         }
 
@@ -135,6 +136,23 @@ class _Advice:
         resident = frozenset(at for at, piece in enumerate(self.walk) if piece.index in self.fixed)
         step = predict_step(self.walk, resident, ring, self.rates)
         return self.figured(step.step_s, "sequential", held, ring)
+
+    def peers(self) -> dict[str, dict[str, Any] | None]:
+        """The strategies of other libraries with the same walk, rates and room; null where one cannot run."""
+        numbers: dict[str, int] = {}
+        blocks = {
+            at: numbers.setdefault(unit.block, len(numbers))
+            for at, unit in enumerate(self.walked.units)
+            if unit.block is not None
+        }
+        room = self.budget - self.idle
+        found = predict_peers(self.walk, room, self.rates, blocks=blocks or None, vram=self.figures.vram)
+        return {
+            name: None
+            if step is None
+            else {"step_s": step.step_s, "its": rate(step.step_s), "copied": step.copied_bytes}
+            for name, step in found.items()
+        }
 
     # ------------------------------------------------------------------ figures
     def place(self, budget: int) -> Placement:

@@ -71,10 +71,8 @@ def _table(document: dict[str, Any]) -> Iterator[str]:
 
 def _how(found: dict[str, Any]) -> str:
     """What a mode does, in a few words."""
-    if "note" in found:
-        return str(found["note"])
-    if "resident" not in found:
-        return ""
+    if "resident" not in found:  # another library's
+        return f"copies {format_size(found['copied'])} a step" if found["copied"] else "all resident"
     if not found["streamed"]:
         return "all resident"
     kept = f"keeps {format_size(found['resident'])}" if found["resident"] else "keeps nothing"

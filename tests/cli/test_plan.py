@@ -103,6 +103,40 @@ def consistent(document: dict) -> None:
             assert found["step_s"] <= step["step_s"] * 1.0005, peer
 
 
+PEERS = {
+    "diffusers.model",
+    "diffusers.sequential",
+    "diffusers.group_leaf",
+    "diffusers.group_leaf_stream",
+    "diffusers.group_leaf_stream_record",
+    "diffusers.group_block_stream",
+    "accelerate.dispatch",
+    "torch.to",
+    "sdnext.balanced",
+    "comfyui.two_leaf",
+}
+
+
+def test_every_peer_under_the_same_rates():
+    document = plan("--model", "flux1-dev", *CARD)
+    peers = document["peers"]
+    assert set(peers) >= PEERS
+    # What needs all of it at once cannot run; who keeps nothing copies everything.
+    assert peers["diffusers.model"] is None and peers["torch.to"] is None
+    for name in ("diffusers.sequential", "diffusers.group_leaf_stream", "diffusers.group_block_stream"):
+        assert peers[name]["copied"] == document["weights"]
+    seconds = {name: step["step_s"] for name, step in peers.items() if step is not None}
+    # Published for this card, it/s: sequential 0.234, leaf groups with a stream 0.559, two leaves ahead 0.716.
+    assert 1 / seconds["diffusers.sequential"] == pytest.approx(0.234, rel=0.02)
+    assert 1 / seconds["diffusers.group_leaf_stream"] == pytest.approx(0.559, rel=0.05)
+    assert seconds["diffusers.group_leaf"] > seconds["diffusers.sequential"] > seconds["accelerate.dispatch"]
+    slower = plan("--model", "flux1-dev", *CARD, "--pageable", "4GB/s")["peers"]
+    assert slower["diffusers.sequential"]["step_s"] > 1.5 * seconds["diffusers.sequential"]
+    assert slower["diffusers.group_leaf_stream"]["step_s"] < 1.05 * seconds["diffusers.group_leaf_stream"]
+    whole = plan("--model", "flux1-dev", *CARD, "--vram", "32GiB")["peers"]
+    assert whole["torch.to"]["step_s"] == pytest.approx(document["compute_s"]) and whole["torch.to"]["copied"] == 0
+
+
 def test_a_run_that_fits_moves_nothing():
     document = plan("--model", "sdxl", *CARD)
     for mode in ("none", "model", "auto", "balanced"):
@@ -162,6 +196,8 @@ def test_what_it_says():
     assert any("the plan above" in line for line in marked)
     assert 'with high = "' in text
     assert "predictions (rung: schedule)" in text
+    best = min(step["step_s"] for step in document["peers"].values() if step is not None)
+    assert f"The plan is {best / document['plan']['step_s']:.2f} x as fast as the best of the others" in text
 
 
 def test_text_beside_a_file_and_not_beside_standard_output(tmp_path: Path):
