@@ -116,7 +116,7 @@ def test_copies_hide_behind_compute(accelerator: Any, pipeline: Any) -> None:
         for _ in range(3):  # the order is recorded, the activation peak learned, the ring full
             pipeline.denoiser(x)
         assert managed.plan is not None and managed.plan.streams
-        assert managed.weights.pinned >= managed.component.weight_bytes, "masters are not pinned: nothing can overlap"
+        assert managed.weights.pinned >= managed.plan.streamed_bytes, "masters are not pinned: nothing can overlap"
         step = accelerator.seconds(lambda: pipeline.denoiser(x))
         with session.run():
             pipeline.denoiser(x)
