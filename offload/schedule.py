@@ -132,11 +132,18 @@ class Schedule:
             return INFINITE
         if not flow:
             return max(self.compute_s, self._chain(0, len(self))[2])
-        return _Run(self, flow, ring_bytes).step(wrap, below)
+        return _Run(self, flow, self._after(flow, ring_bytes)).step(wrap, below)
+
+    def step_after(self, flow: Sequence[int], after: Sequence[int], *, wrap: bool = True) -> float:
+        """As `step`, with the releases that the copies wait for given, as in `Layout.after`."""
+        return _Run(self, flow, after).step(wrap, INFINITE)
+
+    def _after(self, flow: Sequence[int], ring_bytes: int) -> Sequence[int]:
+        return lay_out([self.nbytes[i] for i in flow], ring_bytes).after
 
     def stalls(self, flow: Sequence[int], ring_bytes: int, *, wrap: bool = True) -> list[float]:
         """Seconds that compute waits for the copy of each position of `flow`, once the steps have settled."""
-        return _Run(self, flow, ring_bytes).stalls(wrap)
+        return _Run(self, flow, self._after(flow, ring_bytes)).stalls(wrap)
 
     def floor(self, flow: Sequence[int]) -> float:
         """The longest circuit that one engine closes: compute, copies with their latency, or the host."""
@@ -162,9 +169,8 @@ class _Run:
     """One resident set and ring. The state between two steps is where compute, the host and the copies that are ahead
     of the boundary are; a step maps it on the next one."""
 
-    def __init__(self, schedule: Schedule, flow: Sequence[int], ring_bytes: int) -> None:
+    def __init__(self, schedule: Schedule, flow: Sequence[int], after: Sequence[int]) -> None:
         s = schedule
-        layout = lay_out([s.nbytes[i] for i in flow], ring_bytes)
         count = len(flow)
         self.floor = s.floor(flow)
         self.lead = s._chain(0, flow[0])
@@ -184,9 +190,9 @@ class _Run:
         self.copying = [s.copying[i] for i in flow]
         self.held = [s.held[i] for i in flow]
         self.any_held = any(self.held)
-        self.ahead = sum(1 for a in layout.after if a < 0)  # copies that the step before issues
+        self.ahead = sum(1 for a in after if a < 0)  # copies that the step before issues
         # which copies the release of each unit lets go, in the order of the copy stream: of this step, then the next
-        waits = [*layout.after[self.ahead :], *(a + count for a in layout.after[: self.ahead])]
+        waits = [*after[self.ahead :], *(a + count for a in after[: self.ahead])]
         self.letting = [0] * count
         self.letting_own = [0] * count  # of this step alone
         latest = 0
