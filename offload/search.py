@@ -70,9 +70,10 @@ class Board:
     def rings(self, keep: AbstractSet[int]) -> list[int]:
         """Ring sizes worth a look, the largest first; none where a unit that flows does not fit."""
         flow = [self.schedule.nbytes[p] for p in self.flow(keep)]
+        left = self.left(keep)
         if not flow:
-            return [0]
-        most = min(self.left(keep), sum(flow))
+            return [0] if left >= 0 else []
+        most = min(left, sum(flow))
         largest = max(flow)
         if most < largest:
             return []

@@ -1,4 +1,4 @@
-"""The best plan there is, by trying all of them: every resident set with every ring that lays the rest out otherwise."""
+"""The best plan there is, by trying them all: every resident set with every ring that lays the rest out otherwise."""
 
 from __future__ import annotations
 
