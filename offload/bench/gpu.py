@@ -64,6 +64,10 @@ class GpuPlace:
         return 0 if self._cap is None else max(0, self.total - self._cap)
 
     @property
+    def ram(self) -> None:
+        return None
+
+    @property
     def bandwidth(self) -> float:
         if self._bandwidth is None:
             source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)

@@ -68,7 +68,6 @@ class Bench:
         self._place, self._setting, self._apply, self._room = place, setting, apply, room
 
     def __enter__(self) -> Bench:
-        self._place.clean()
         self.before = self._place.allocated()
         self.pinned_before = self._place.pinned()
         self._place.reset_peak()
@@ -162,7 +161,7 @@ def merged(timed: Counts, counted: Counts) -> Counts:
 
 def room_of(place: Place, cap: int | None, baseline: Baseline) -> Room:
     """What the strategies of a case are told."""
-    return Room(place.device, cap, baseline.weights, baseline.activations, place.reserve)
+    return Room(place.device, cap, baseline.weights, baseline.activations, place.reserve, place.ram)
 
 
 def empty_result(strategy: Strategy) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,12 +19,18 @@ HIGH = "100%"
 """What the weights may take of the card: all that is there, as accelerate.dispatch is given all that is there. A
 profile's high (0.6 on a card of 12 GiB) is kinder to other programs, of which there are none in a bench."""
 
+PINNED = "90%"
+"""Of system memory: peers lock all they have without asking, so ours may lock what it needs."""
+
 
 def managed(module: nn.Module, room: Room, mode: str) -> Applied:
     """A session over one component. `reserve` says what an artificial cap takes, where the driver does not show it."""
-    policy = OffloadPolicy(mode=OffloadMode(mode), high=HIGH, reserve=room.reserve)
+    policy = OffloadPolicy(mode=OffloadMode(mode), high=HIGH, reserve=room.reserve, pinned_ram=PINNED)
     session = Session(policy, device=room.device)
     try:
+        if room.ram is not None:
+            session.machine = dataclasses.replace(session.machine, ram_total=room.ram, ram_limit=None, memlock=None)
+            session.policy = policy  # resolved anew, for that machine
         session.add(COMPONENT, module)
     except BaseException:
         session.detach()

@@ -19,6 +19,7 @@ from ..sizes import GIB
 from .shapes import remembered_shapes
 
 Step = Callable[[], Any]
+SIMULATED_RAM = 64 * GIB
 _NO_CAP = 1 << 50
 _TOY = 1 << 29
 INSTANT = 1e30
@@ -80,6 +81,11 @@ class Place(Protocol):
         ...
 
     @property
+    def ram(self) -> int | None:
+        """System memory of the machine that a simulated card sits in, bytes; None is the machine at hand."""
+        ...
+
+    @property
     def bandwidth(self) -> float:
         """Bytes per second that a long copy from page-locked memory reaches."""
         ...
@@ -129,7 +135,6 @@ class Place(Protocol):
 def no_collection() -> Iterator[None]:
     """No garbage collection in between: it walks every object that the libraries ever made, and is nobody's cost."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -161,6 +166,7 @@ class SimulatedPlace:
             "card_name": card.name,
             "link": card.link,
             "vram": card.vram,
+            "ram": SIMULATED_RAM,
             **{key: value for key, value in self._vram.configuration().items() if key in _RATES},
         }
 
@@ -178,6 +184,10 @@ class SimulatedPlace:
     @property
     def reserve(self) -> int:
         return 0  # the driver shows the cap
+
+    @property
+    def ram(self) -> int:
+        return SIMULATED_RAM  # peers lock what they like: in ghost mode nothing of it is real
 
     @property
     def bandwidth(self) -> float:

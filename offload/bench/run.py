@@ -131,7 +131,7 @@ class Suite:
 
 def run_suite(place: Place, options: Options, say: Say) -> dict[str, Any]:
     """Run it, and give the place back without a cap."""
-    gc.collect()
+    place.clean()
     gc.freeze()  # what the libraries made when they were imported: walking it takes longer than a small case
     try:
         return Suite(place, options, say).run()

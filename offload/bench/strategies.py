@@ -23,6 +23,7 @@ class Room:
     weights: int
     activations: int
     reserve: int = 0  # what the driver shows as free but is not ours to use
+    ram: int | None = None  # of the machine that a simulated card sits in; None is the machine at hand
 
 
 def nothing() -> dict[str, Any]:

@@ -91,12 +91,15 @@ def fill(module: nn.Module, seed: int = 0) -> None:
     All parameters share one block of random numbers, each from another offset on, so that two layers differ. Large
     buffers that are stored with the weights are written too; small ones were computed when the module was built.
     """
-    stored = {name for name in module.state_dict() if name not in dict(module.named_parameters())}
+    stored = set(module.state_dict())
     large = [(name, buffer) for name, buffer in module.named_buffers() if name in stored and buffer.numel() > _LARGE]
-    noise = _noise(seed)
+    weights = [*module.named_parameters(), *large]
+    longest = max((weight.numel() for _, weight in weights), default=1)
+    noise = _noise(seed)[: 1 << longest.bit_length()]
+    block = noise.numel()
     scaled: dict[tuple[torch.dtype, float], torch.Tensor] = {}
     with torch.no_grad():
-        for number, (name, parameter) in enumerate([*module.named_parameters(), *large]):
+        for number, (name, parameter) in enumerate(weights):
             flat = parameter.data.view(-1)
             if parameter.dim() > 1:
                 spread, centre = 1.0 / math.sqrt(parameter[0].numel()), 0.0
@@ -107,9 +110,9 @@ def fill(module: nn.Module, seed: int = 0) -> None:
                 if len(scaled) > 16:
                     scaled.clear()
                 scaled[key] = (noise * spread).to(parameter.dtype)
-            source, at, start = scaled[key], 0, (number * 7919) % _BLOCK
+            source, at, start = scaled[key], 0, (number * 7919) % block
             while at < flat.numel():
-                take = min(flat.numel() - at, _BLOCK - start)
+                take = min(flat.numel() - at, block - start)
                 flat[at : at + take].copy_(source[start : start + take])
                 at, start = at + take, 0
             if centre:
