@@ -126,6 +126,9 @@ class GpuPlace:
         self._backend.synchronize()
         return spent
 
+    def synchronize(self) -> None:
+        self._backend.synchronize()
+
     def reset_peak(self) -> None:
         self._backend.reset_peak()
 

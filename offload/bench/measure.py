@@ -19,7 +19,7 @@ from .places import Counts, Place
 from .strategies import Applied, Apply, Room, Strategy
 from .subjects import Inputs, Subject, on_device, output_tensor
 
-WARM_UPS = 3
+WARM_UPS = 4
 ERROR_MAX = 300
 
 
@@ -134,6 +134,7 @@ def run_baseline(place: Place, setting: Setting) -> Baseline:
         output = bench.step().to("cpu", copy=True) if setting.real else None
         for _ in range(WARM_UPS - 1):
             bench.step()
+            place.synchronize()
         place.reset_peak()
         times = [place.time(bench.step, setting.steps) for _ in range(place.timed_blocks)]
         # everything beside the weights: activations, and the inputs
@@ -197,6 +198,7 @@ def _measured(
             output = bench.step()
             equal = equal and same(output, baseline.output)
             del output
+            place.synchronize()
         times = [place.time(bench.step, setting.steps) for _ in range(place.timed_blocks)]
         result["peak_vram"] = place.peak() - bench.before
         result["pinned_ram"] = bench.pinned()

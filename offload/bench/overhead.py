@@ -52,6 +52,7 @@ def hook_cost(place: Place, leaves: int = LEAVES, rounds: int = ROUNDS) -> dict[
         for step in steps.values():
             for _ in range(WARM_UPS):
                 output = step()
+                place.synchronize()
             outputs.append(output.to("cpu"))
         if not all(torch.equal(outputs[0], output) for output in outputs):
             raise ValueError("the tower of leaves gives different outputs under different hooks")

@@ -110,6 +110,8 @@ class Place(Protocol):
         """Host seconds per step of Python and libraries alone, as far as the place can tell them from the device."""
         ...
 
+    def synchronize(self) -> None: ...
+
     def reset_peak(self) -> None: ...
 
     def peak(self) -> int:
@@ -235,6 +237,9 @@ class SimulatedPlace:
         instant = dict.fromkeys(_PER_SECOND, INSTANT) | dict.fromkeys(_LATENCIES, 0.0)
         with self._configured(python_time=1, **instant), no_collection():
             return self.time(step, steps)[0]
+
+    def synchronize(self) -> None:
+        self._vram.synchronize()
 
     def reset_peak(self) -> None:
         self._vram.reset_peak_memory_stats()

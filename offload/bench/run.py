@@ -132,11 +132,13 @@ class Suite:
 def run_suite(place: Place, options: Options, say: Say) -> dict[str, Any]:
     """Run it, and give the place back without a cap."""
     place.clean()
+    frozen = gc.get_freeze_count()
     gc.freeze()  # what the libraries made when they were imported: walking it takes longer than a small case
     try:
         return Suite(place, options, say).run()
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         place.use(None, None)
         place.clean()
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -22,6 +23,7 @@ from balanced_offload.offload.bench.cases import Case
 from balanced_offload.offload.bench.places import SimulatedPlace
 from balanced_offload.offload.bench.run import Options, run_suite
 from balanced_offload.offload.bench.strategies import Strategy
+from balanced_offload.offload.bench.subjects import TINY
 from balanced_offload.offload.cli_bench import add_bench
 
 TIGHT, LOOSE = 1_450_000, 4 << 20
@@ -60,6 +62,8 @@ def command(*arguments: str) -> Ended:
 @pytest.fixture(scope="session", autouse=True)
 def settled() -> Iterator[None]:
     """What the libraries made when they were imported is left out of every garbage collection: it takes most of it."""
+    with torch.no_grad():
+        TINY.build()(**TINY.inputs(None, True))
     gc.collect()
     gc.freeze()
     yield

@@ -127,7 +127,7 @@ def test_every_result_is_saved_before_the_next_one(bench: Bench, tmp_path: Path)
     assert kept["complete"] is False and kept["cases"][0]["results"][0]["name"] == "torch.to"
 
 
-@pytest.mark.parametrize(("key", "value"), [("suite", "peers"), ("rung", "gpu"), ("steps", 9)])
+@pytest.mark.parametrize(("key", "value"), [("suite", "peers"), ("steps", 9)])
 def test_resume_refuses_another_run(bench: Bench, tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "bench.json"
     document = bench(*chosen(["torch.to"]), caps=(LOOSE,), path=path)

@@ -86,6 +86,7 @@ def test_the_case_says_what_it_is(bench: Bench) -> None:
     assert entry["parameters"]["card"] == "rtx4090-24g" and entry["parameters"]["h2d_pinned"] == 24e9
 
 
+@pytest.mark.slow
 def test_the_same_again_to_the_digit(place: SimulatedPlace) -> None:
     setting = Setting(TINY, None, steps=2)
     strategy = chosen(["diffusers.group_leaf_stream"])[0]

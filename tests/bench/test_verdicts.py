@@ -150,6 +150,7 @@ def test_ours_streams_on_the_twin_with_a_part_resident(place: SimulatedPlace) ->
     assert found["twin"]["races"] == 0
 
 
+@pytest.mark.slow
 def test_ours_is_equal_under_both_caps(bench: Bench, tmp_path: Path) -> None:
     document = bench(*chosen(["ours"]), caps=(TIGHT, LOOSE))
     tight, loose = ({r["name"]: r for r in entry["results"]} for entry in document["cases"])
