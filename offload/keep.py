@@ -110,22 +110,21 @@ def _enter(
     stage = stages[at]
     name, size = stage.component, sizes[stage.component]
     space = room - stage.activations
-    wanted = _with_ring(useful_bytes(size, stage, rates), size, stage.ring)
+    wanted = min(size, useful_bytes(size, stage, rates) + stage.ring)
     left = max(0, space - wanted)
-    kept: dict[str, int] = {}
-    uses = _next_uses(at, sizes, stages, repeats)
+    there = {**loaded, name: size - wanted}  # what of each could stay in what is left; our own comes with its call
+    kept = dict.fromkeys(sizes, 0)
+    uses = _next_uses(at, stages, repeats)
     for other in sorted(uses, key=lambda other: (uses[other], other)):
         unhidden = sizes[other] - int(rates.h2d * stages[(at + uses[other]) % len(stages)].compute_s)
-        kept[other] = min(loaded[other], max(0, unhidden), left)
+        kept[other] = min(there[other], max(0, unhidden - wanted if other == name else unhidden), left)
         left -= kept[other]
-    for other in sorted([*uses, name], key=lambda other: (sizes[other], other)):
-        if other == name:
-            left -= min(left, size - wanted)
-        else:
-            more = min(loaded[other] - kept[other], left)
-            kept[other] += more
-            left -= more
-    loaded.update({other: kept.get(other, 0) for other in sizes if other != name})
+    for other in sorted({*uses, name}, key=lambda other: (sizes[other], other)):
+        more = min(there[other] - kept[other], left)
+        kept[other] += more
+        left -= more
+    del kept[name]
+    loaded.update(kept)
     kept = {other: nbytes for other, nbytes in kept.items() if nbytes}
     budget = min(size, space - sum(kept.values()))
     resident = size if budget >= size else max(0, budget - stage.ring)
@@ -136,19 +135,11 @@ def _enter(
     return StageKeep(name, budget, kept, loads, streams, early, early / rates.h2d)
 
 
-def _with_ring(useful: int, size: int, ring: int) -> int:
-    """Room for `useful` resident bytes: beside a ring, unless that is as much as the whole."""
-    return min(size, useful + ring)
-
-
-def _next_uses(at: int, sizes: Mapping[str, int], stages: Sequence[Stage], repeats: bool) -> dict[str, int]:
-    """The other components that will run again, with the number of stages until then."""
-    ahead = range(1, len(stages) if repeats else len(stages) - at)
+def _next_uses(at: int, stages: Sequence[Stage], repeats: bool) -> dict[str, int]:
+    """The components that will run again, with the number of stages until then."""
     uses: dict[str, int] = {}
-    for distance in ahead:
-        other = stages[(at + distance) % len(stages)].component
-        if other != stages[at].component:
-            uses.setdefault(other, distance)
+    for distance in range(1, len(stages) + 1 if repeats else len(stages) - at):
+        uses.setdefault(stages[(at + distance) % len(stages)].component, distance)
     return uses
 
 
