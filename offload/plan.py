@@ -17,7 +17,7 @@ from .explain import plan_sentence
 from .placement import CannotFit, plan_walk, smallest_ring
 from .schedule import Piece, Rates, Schedule, StepTime
 from .sizes import format_size
-from .units import Component, Unit
+from .units import Component
 
 MOST_GIANTS = 3  # units that are tried as residents for the sake of a smaller ring
 LOOKAHEAD_UNITS = 3  # ring size in largest streamed units: one in use, one arriving, one more to ride out the wrap
@@ -249,21 +249,16 @@ def _untimed(
 ) -> StagePlan | None:
     """The even spread. Small units stay first; one or a few giants may stay too, where that makes the ring smaller
     than it keeps from staying (an embedding table)."""
-    by_index = {u.index: u for u in component.units}
-    fixed = {i for i in held if i in by_index}
-    walk = [by_index[i] for i in order if i in by_index] if order else []
-    walked = {u.index for u in walk}
-    walk += [u for u in component.units if u.index not in walked]
-    free = [u for u in walk if u.index not in fixed]
-    small = {free[at].index for at in tiny_units([u.slot_bytes for u in free], SMALL_UNIT)}
+    sizes = {u.index: u.slot_bytes for u in component.units}
+    fixed = {i for i in held if i in sizes}
+    walk = list(dict.fromkeys([*(i for i in order or () if i in sizes), *sizes]))
+    free = [i for i in walk if i not in fixed]
+    small = {free[at] for at in tiny_units([sizes[i] for i in free], SMALL_UNIT)}
     best: tuple[int, int, frozenset[int]] | None = None  # resident bytes, ring, units that stay
     for lookahead in range(len(_ring_options([], prefetch))):
         for base in (fixed | small, fixed):
-            for found in _spreads(
-                [u for u in walk if u.index not in base], base, by_index, budget, prefetch, lookahead
-            ):
-                if best is None or found[0] > best[0]:
-                    best = found
+            found = _spreads([i for i in walk if i not in base], base, sizes, budget, prefetch, lookahead)
+            best = max(found, key=lambda f: f[0], default=None)
             if best is not None:
                 break  # small units flow only where they leave no room for the ring
         if best is not None:
@@ -271,31 +266,26 @@ def _untimed(
     if best is None:
         return None
     resident, ring, keep = best
-    return _stage_plan(
-        component, keep, min(ring, component.device_bytes - resident), budget, activations, "interleaved", None
-    )
+    ring = min(ring, component.device_bytes - resident)
+    return _stage_plan(component, keep, ring, budget, activations, "interleaved", None)
 
 
 def _spreads(
-    walk: Sequence[Unit],
-    base: set[int],
-    by_index: Mapping[int, Unit],
-    budget: int,
-    prefetch: int | None,
-    lookahead: int,
+    walk: Sequence[int], base: set[int], sizes: Mapping[int, int], budget: int, prefetch: int | None, lookahead: int
 ) -> Iterable[tuple[int, int, frozenset[int]]]:
-    """Even spreads over `walk` beside `base`, each with a number of giants that stay: resident bytes, ring, units."""
-    by_size = sorted(walk, key=lambda u: -u.slot_bytes)
+    """Even spreads over the units of `walk` beside `base`, each with a number of giants that stay: resident bytes, the
+    ring, and the units."""
+    by_size = sorted(walk, key=lambda i: -sizes[i])
     for giants in range(min(MOST_GIANTS, len(by_size)) + 1):
-        stay = base | {u.index for u in by_size[:giants]}
-        rest = [Choice(u.index, u.slot_bytes, u.slot_bytes, 0.0) for u in walk if u.index not in stay]
+        stay = base.union(by_size[:giants])
+        rest = [Choice(i, sizes[i], sizes[i], 0.0) for i in walk if i not in stay]
         ring = _ring_options([c.nbytes for c in rest], prefetch)[lookahead]
-        room = budget - sum(by_index[i].slot_bytes for i in stay) - ring
+        room = budget - sum(sizes[i] for i in stay) - ring
         if room < 0:
             continue
         largest_first = sorted(range(len(rest)), key=lambda at: -rest[at].nbytes)
-        keep = frozenset(rest[at].index for at in fill(rest, interleaved(rest, room), room, largest_first)) | stay
-        yield sum(by_index[i].slot_bytes for i in keep), ring, keep
+        keep = stay.union(rest[at].index for at in fill(rest, interleaved(rest, room), room, largest_first))
+        yield sum(sizes[i] for i in keep), ring, frozenset(keep)
 
 
 def units_to_free(component: Component, loaded: Iterable[int], nbytes: int) -> list[int]:

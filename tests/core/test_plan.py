@@ -170,6 +170,14 @@ def test_the_users_prefetch_is_the_ring() -> None:
     assert sequential_plan(component, prefetch=1).ring_bytes == 4 * 512, "a ring holds the largest leaf at least"
 
 
+def test_small_units_stay_first() -> None:
+    """Norms between layers: a copy of 512 bytes costs as much as starting one, so none of them is streamed."""
+    sizes = [1, 200] * 20
+    component = component_of(sizes)
+    plan = stream_plan(component, component.device_bytes // 2)
+    assert {i for i, size in enumerate(sizes) if size == 1} <= plan.resident
+
+
 def test_plans_are_pure() -> None:
     component = random_component(random.Random(3))
     assert stream_plan(component, 9999) == stream_plan(component, 9999)
