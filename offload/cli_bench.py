@@ -43,6 +43,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--python-time", action="store_true", help="a second step time with Python's CPU time counted")
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.md and bench.png")
     bench.add_argument("--resume", action="store_true", help="keep what the JSON file has already, run the rest")
+    bench.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing more after that; --resume goes on")
     bench.set_defaults(run=run_bench)
 
 
@@ -53,6 +54,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
         return _complain("--resume: got no --json FILE to resume from; name the file of the earlier run")
     if arguments.steps < 1:
         return _complain(f"--steps: got {arguments.steps}, allowed: 1 or more")
+    if arguments.limit is not None and not arguments.limit > 0:
+        return _complain(f"--limit: got {arguments.limit:g}, allowed: seconds above zero")
     if arguments.rounds is not None and arguments.rounds < 1:
         return _complain(f"--rounds: got {arguments.rounds}, allowed: 1 or more")
     for option, folder in (("--json", target.parent if target else None), ("--out", arguments.out)):
@@ -102,9 +105,12 @@ def _run(arguments: argparse.Namespace, target: Path | None) -> dict[str, Any]:
         python_time=arguments.python_time,
         resume=arguments.resume,
         path=target,
+        limit_s=arguments.limit,
     )
     document = run_suite(place, options, say)
     say(closing_text(document))
+    if not document["complete"]:
+        say(f"\nNot complete: stopped after {arguments.limit:g} s. The same with --resume goes on.")
     if arguments.out is not None:
         files = [write_markdown(document, arguments.out / "bench.md"), chart_png(document, arguments.out / "bench.png")]
         say(f"\nWritten to {arguments.out}: {', '.join(path.name for path in files)}.")

@@ -117,9 +117,9 @@ class Book:
         self.document["failures"] = failures(self.document)
         self.save()
 
-    def finish(self) -> dict[str, Any]:
-        """Mark it complete, save, and check it against its schema where jsonschema is installed."""
-        self.document["complete"] = True
+    def finish(self, complete: bool = True) -> dict[str, Any]:
+        """Note whether all of it is there, save, and check it against its schema where jsonschema is installed."""
+        self.document["complete"] = complete
         self.document["failures"] = failures(self.document)
         self.save()
         with contextlib.suppress(ImportError):

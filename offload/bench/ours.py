@@ -43,6 +43,7 @@ def _facts(session: Session) -> dict[str, Any]:
     component = session.components[COMPONENT]
     plan = component.plan
     return {
+        "registered": component.weights.pinned if session.backend.can_register else 0,
         "resolved": session.resolved.mode.value,
         "sentence": plan.sentence if plan is not None else session.resolved.sentence,
         "predicted_s": plan.step_s if plan is not None else None,

@@ -63,6 +63,7 @@ class Place(Protocol):
     device: torch.device
     rung: str  # "simulated" | "gpu"
     timed_blocks: int  # how often a block of steps is timed, for the spread
+    sees_registered: bool  # `pinned` has memory that was registered where it lies; else a strategy tells it
 
     @property
     def name(self) -> str: ...
@@ -150,6 +151,7 @@ class SimulatedPlace:
 
     rung = "simulated"
     timed_blocks = 1  # virtual time repeats to the digit
+    sees_registered = True
 
     def __init__(self, vram: ModuleType, ghost_bytes: int = 1 << 17) -> None:
         self._vram = vram

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class Options:
     resume: bool = False
     path: Path | None = None
     hooks: bool = True
+    limit_s: float | None = None  # begin no further strategy after that; `resume` goes on
 
     def parameters(self, place: Place) -> dict[str, Any]:
         """What the figures hang on, for the document."""
@@ -66,6 +68,8 @@ class Suite:
     baselines: dict[tuple[str, str, str | None], Baseline] = field(default_factory=dict)
     twins: dict[str, Twin] = field(default_factory=dict)
     verdicts: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+    stopped: bool = False
 
     def run(self) -> dict[str, Any]:
         """All cases, in the document `offload-bench/1`.
@@ -84,9 +88,15 @@ class Suite:
             for number in range(options.rounds):
                 for case in options.cases:
                     todo = [one for one in options.strategies if book.rounds(case, one.name) <= number]
-                    if todo:
+                    if todo and not self._over():
                         self._case(book, case, todo, number)
-        return book.finish()
+        return book.finish(complete=not self.stopped)
+
+    def _over(self) -> bool:
+        """Whether the time that this call may take is over."""
+        limit = self.options.limit_s
+        self.stopped = self.stopped or (limit is not None and time.monotonic() - self.begun >= limit)
+        return self.stopped
 
     def _case(self, book: Book, case: Case, todo: Sequence[Strategy], number: int) -> None:
         options, place = self.options, self.place
@@ -101,6 +111,8 @@ class Suite:
             book.describe(case, baseline, place.bandwidth, parameters)
             self.say(f"{case}" + (f", round {number + 1}" if options.rounds > 1 else ""))
             for strategy in todo:
+                if self._over():
+                    return
                 verdict = {}
                 if ghost:
                     with place.ghost(False):

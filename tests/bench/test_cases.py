@@ -59,6 +59,7 @@ def test_on_a_gpu_there_are_caps_and_no_cards() -> None:
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--device", "cuda", "--card", "rtx4090-24g"], ["--card", "simulated"]),
         (["--steps", "0"], ["--steps", "0", "1 or more"]),
+        (["--limit", "0"], ["--limit", "0", "above zero"]),
         (["--rounds", "0"], ["--rounds", "0", "1 or more"]),
         (["--resume"], ["--resume", "--json"]),
     ],

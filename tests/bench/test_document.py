@@ -113,6 +113,14 @@ def test_resume_runs_what_is_not_there(bench: Bench, tmp_path: Path) -> None:
     assert len(ran) == 1 and len(json.loads(path.read_text(encoding="utf-8"))["cases"]) == 1
 
 
+def test_a_limit_in_time_stops_between_strategies(bench: Bench, tmp_path: Path) -> None:
+    path, strategies = tmp_path / "bench.json", chosen(["torch.to", "diffusers.model"])
+    document = bench(*strategies, caps=(LOOSE,), path=path, limit_s=1e-6)
+    assert document["complete"] is False and not any(entry["results"] for entry in document["cases"])
+    document = bench(*strategies, caps=(LOOSE,), path=path, resume=True)
+    assert document["complete"] is True and len(document["cases"][0]["results"]) == 2
+
+
 def test_every_result_is_saved_before_the_next_one(bench: Bench, tmp_path: Path) -> None:
     path, seen = tmp_path / "bench.json", []
 

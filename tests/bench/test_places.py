@@ -96,6 +96,7 @@ def test_a_trace_of_a_gpu() -> None:
         {"ph": "M"},
     ]
     assert counts_of_trace(events) == Counts(bytes_h2d=1024, bytes_d2h=7, host_syncs=2)
+    assert counts_of_trace([event for event in events if event.get("cat") != "kernel"]) == Counts(), "saw no device"
 
 
 def test_no_gpu_is_said() -> None:
