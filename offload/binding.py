@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +31,10 @@ def stretches(storages: Sequence[Storage], buffer: torch.Tensor) -> list[torch.T
 
 
 class Binding:
-    """The tensors that view `storages`, with their views of one device buffer and of their masters."""
+    """The tensors that view `storages`, with their views of one device buffer and of their masters.
+
+    `ups` and `downs` are (what has a `data`, what to assign to it); `counted` is what counts writes to them.
+    """
 
     __slots__ = (
         "_bound_now",
@@ -52,12 +55,15 @@ class Binding:
         self._raws = {storage.index: part for storage, part in zip(storages, parts, strict=True)}
         self._refs = [ref for storage in storages for ref in storage.refs]
         self._bound_now = weights.bound_now
-        tensors = [ref.tensor for ref in self._refs]
+        targets: list[Any] = [ref.target for ref in self._refs]
         homes = [view for storage in storages for view in weights.homes(storage)]
-        self.ups = [(ref.tensor, weights.view(self._raws[ref.storage], ref)) for ref in self._refs]
-        self.downs = list(zip(tensors, homes, strict=True))
+        views = [weights.view(self._raws[ref.storage], ref) for ref in self._refs]
+        # a wrapper behind its inner tensors: it looks at them
+        wrappers = [(wrapper, None) for wrapper in dict.fromkeys(w for s in storages for w in s.wrappers)]
+        self.ups = [*zip(targets, views, strict=True), *wrappers]
+        self.downs = [*zip(targets, homes, strict=True), *wrappers]
         # what was made in inference mode counts no writes, and running statistics are written without being counted
-        self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.counted = [ref.writes for ref in self._refs if not ref.writes.is_inference()]
         self.suspects = [ref for ref in self._refs if ref.keeps_statistics]
         self.versions = self.versions_now()
         self.bound = False
@@ -91,8 +97,8 @@ class Binding:
         before = dict(zip(map(id, self.counted), self.versions, strict=True))
         written: dict[int, TensorRef] = {}
         for ref in self._refs:
-            version = before.get(id(ref.tensor))
-            if ref.unseen_writes or (version is not None and ref.tensor._version != version):
+            version = before.get(id(ref.writes))
+            if ref.unseen_writes or (version is not None and ref.writes._version != version):
                 written[ref.storage] = ref
         for index in written:
             self._weights.bring_down(index, self._raws[index])

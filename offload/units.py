@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .subclasses import Anatomy, OwnMemory, Part, Target, Unsupported, Wrapper
+
 # torch's fused encoder layer looks for hooks below it, and computes otherwise where it finds one: other bits.
 HOOKS_CHANGE_RESULTS: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer,)
 
@@ -35,9 +37,13 @@ class ComponentError(ValueError):
 
 @dataclass(eq=False)
 class TensorRef:
-    """One tensor object of the model (a Parameter or a buffer) as a view of its storage."""
+    """Plain memory of one tensor object of the model (a Parameter or a buffer) as a view of its storage.
 
-    tensor: torch.Tensor
+    Mostly that is the tensor itself. A wrapper around quantized data has one of these for each inner tensor.
+    """
+
+    tensor: torch.Tensor  # what the module holds
+    target: Target  # whose `.data` changes hands: the tensor, or what subclasses.py found in it
     name: str
     storage: int  # index into Component.storages
     dtype: torch.dtype
@@ -46,6 +52,28 @@ class TensorRef:
     offset: int  # elements from the start of the storage
     is_buffer: bool
     owner: nn.Module
+    wrappers: tuple[Wrapper, ...] = ()  # what it is wrapped in, from the innermost on
+    holders: list[tuple[nn.Module, str]] = field(default_factory=list)  # whose attribute the tensor is
+
+    @property
+    def writes(self) -> torch.Tensor:
+        """The tensor whose `_version` counts what is written to it."""
+        return self.target.writes if isinstance(self.target, OwnMemory) else self.target
+
+    @property
+    def objects(self) -> tuple[torch.Tensor, ...]:
+        """The tensor objects through which its bytes may be used: the model's, and those inside it."""
+        inside = () if isinstance(self.target, OwnMemory) else (self.target,)
+        return tuple({id(t): t for t in (self.tensor, *(w.tensor for w in self.wrappers), *inside)}.values())
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the model holds another tensor in its place, or other tensors inside it."""
+        if any(wrapper.replaced for wrapper in self.wrappers):
+            return True
+        # buffers aside: some models put new ones in their place whenever they run
+        held = (module._parameters.get(name) for module, name in self.holders)
+        return not self.is_buffer and any(tensor is not self.tensor for tensor in held)
 
     @property
     def keeps_statistics(self) -> bool:
@@ -66,6 +94,7 @@ class Storage:
     nbytes: int
     unit: int
     refs: list[TensorRef] = field(default_factory=list)
+    wrappers: list[Wrapper] = field(default_factory=list)  # with bytes in it; their device goes with them
     users: set[int] = field(default_factory=set)  # units whose module holds a tensor of it; more than one = tied
 
 
@@ -122,11 +151,12 @@ class Component:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of its first floating-point tensor."""
+        """The dtype of its first floating-point tensor; of quantized ones what they say they are."""
         for storage in self.storages:
             for ref in storage.refs:
-                if ref.dtype.is_floating_point:
-                    return ref.dtype
+                dtype = ref.tensor.dtype if ref.wrappers else ref.dtype
+                if dtype.is_floating_point:
+                    return dtype
         return None
 
 
@@ -146,9 +176,8 @@ def build_component(name: str, module: nn.Module, role: str = "other") -> Compon
         ComponentError: it has no weights, a tensor has no data (meta), or a tensor type that cannot be rebound.
     """
     units: list[Unit] = []
-    storages: list[Storage] = []
-    by_pointer: dict[int, Storage] = {}
-    seen: set[int] = set()
+    shelf = _Shelf()
+    anatomy = Anatomy()
     unhookable = {
         id(inner) for outer in module.modules() if isinstance(outer, HOOKS_CHANGE_RESULTS) for inner in outer.modules()
     }
@@ -164,61 +193,84 @@ def build_component(name: str, module: nn.Module, role: str = "other") -> Compon
         touched = False
         for tensor_name, tensor, is_buffer in _own_tensors(child):
             full = f"{path}.{tensor_name}" if path else tensor_name
-            _check(name, full, tensor)
-            if tensor.numel() == 0:  # nothing to place, even where it keeps the storage of another module alive
-                continue
-            touched = True
-            raw = tensor.untyped_storage()
-            storage = by_pointer.get(raw.data_ptr())
-            if storage is None:
-                storage = Storage(len(storages), raw.nbytes(), unit.index)
-                storages.append(storage)
-                by_pointer[raw.data_ptr()] = storage
-                unit.storages.append(storage)
-            elif storage.unit != unit.index and storage not in unit.borrowed:
-                unit.borrowed.append(storage)
-            storage.users.add(unit.index)
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                storage.refs.append(
-                    TensorRef(
-                        tensor,
-                        full,
-                        storage.index,
-                        tensor.dtype,
-                        tuple(tensor.shape),
-                        tensor.stride(),
-                        int(tensor.storage_offset()),
-                        is_buffer,
-                        child,
-                    )
-                )
+            for part in _parts(name, full, tensor, anatomy):
+                # else there is nothing to place, even where it keeps the storage of another module alive
+                if part.plain.numel():
+                    shelf.put(unit, full, tensor_name, tensor, part, is_buffer)
+                    touched = True
         if touched:
             units.append(unit)
-    if not storages:
+    if not shelf.storages:
         raise ComponentError(
             f"component '{name}' ({type(module).__name__}) has no weights: there is nothing to place. "
             "Leave it out, or load its weights first."
         )
-    return Component(name, module, role, units, storages)
+    return Component(name, module, role, units, shelf.storages)
 
 
-def _check(component: str, name: str, tensor: torch.Tensor) -> None:
+class _Shelf:
+    """The storages found so far."""
+
+    def __init__(self) -> None:
+        self.storages: list[Storage] = []
+        self._by_pointer: dict[int, Storage] = {}
+        self._refs: dict[tuple[int, int], TensorRef] = {}  # by the model's tensor and the plain one in it
+
+    def put(self, unit: Unit, name: str, attribute: str, tensor: torch.Tensor, part: Part, is_buffer: bool) -> None:
+        """Add one part of a tensor that `unit` holds as `attribute`."""
+        plain = part.plain
+        raw = plain.untyped_storage()
+        storage = self._by_pointer.get(raw.data_ptr())
+        if storage is None:
+            storage = Storage(len(self.storages), raw.nbytes(), unit.index)
+            self.storages.append(storage)
+            self._by_pointer[raw.data_ptr()] = storage
+            unit.storages.append(storage)
+        elif storage.unit != unit.index and storage not in unit.borrowed:
+            unit.borrowed.append(storage)
+        storage.users.add(unit.index)
+        key = (id(tensor), id(part.target))
+        ref = self._refs.get(key)
+        if ref is None:
+            ref = self._refs[key] = TensorRef(
+                tensor,
+                part.target,
+                name + part.suffix,
+                storage.index,
+                plain.dtype,
+                tuple(plain.shape),
+                plain.stride(),
+                int(plain.storage_offset()),
+                is_buffer,
+                unit.module,
+                part.wrappers,
+            )
+            storage.refs.append(ref)
+            storage.wrappers += [wrapper for wrapper in part.wrappers if wrapper not in storage.wrappers]
+        ref.holders.append((unit.module, attribute))
+
+
+def _parts(component: str, name: str, tensor: torch.Tensor, anatomy: Anatomy) -> list[Part]:
+    """The plain memory in `tensor`."""
     if nn.parameter.is_lazy(tensor):
         raise ComponentError(
             f"component '{component}': '{name}' has no shape yet (a lazy module). Call the model once, or load its "
             "weights, first."
         )
-    if tensor.is_meta:
+    try:
+        parts = anatomy.parts(tensor)
+    except Unsupported as reason:
+        raise ComponentError(
+            f"component '{component}': '{name}' is a {type(tensor).__name__} ({tensor.layout}), which cannot be "
+            f"rebound byte by byte: {reason}. Leave the component out and keep it where it runs, or load it without "
+            "that quantization."
+        ) from reason
+    if any(part.plain.is_meta for part in parts):
         raise ComponentError(
             f"component '{component}': '{name}' is on the meta device, so its weights were never loaded "
             "(or another offloader took them). Load the model with its weights first."
         )
-    if type(tensor.data) is not torch.Tensor or tensor.layout is not torch.strided:
-        raise ComponentError(
-            f"component '{component}': '{name}' is a {type(tensor.data).__name__} ({tensor.layout}), which cannot be "
-            "rebound byte by byte. Name the component in `never`, or load it without that quantization."
-        )
+    return parts
 
 
 def storages_by_unit(component: Component) -> dict[int, list[Storage]]:

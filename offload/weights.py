@@ -24,12 +24,8 @@ from .units import Component, Storage, TensorRef, Unit, aligned
 SLAB_BYTES = 256 << 20  # the most that is in two places at once while masters move into a slab
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole storage of `tensor` as uint8, without copying."""
-    return _own(tensor.untyped_storage())
-
-
 def _own(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The whole storage as uint8, without copying."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
@@ -87,7 +83,7 @@ class Weights:
     def _adopt(self) -> None:
         """Take every storage as a CPU master, bringing down once what was loaded straight onto the device."""
         for storage in self.component.storages:
-            raw = _raw(storage.refs[0].tensor)
+            raw = _own(storage.refs[0].target.untyped_storage())
             self._originals.append(self._origins.get(storage.refs[0].name, raw.device))
             if raw.device.type != "cpu":
                 self.came_down += raw.numel()
@@ -135,7 +131,7 @@ class Weights:
             base += aligned(nbytes)
 
     def unpinnable(self) -> frozenset[int]:
-        """Units that would be copied from pageable memory if they were to stream: what the RAM budget has no room for."""
+        """Units that would stream from pageable memory, as the RAM budget has no room for their masters."""
         room = 0 if self._backend.shared_memory else self._pinner.room
         found = []
         for unit in self.component.units:
@@ -199,13 +195,17 @@ class Weights:
 
     def _point_at_master(self, storage: Storage) -> None:
         for ref, view in zip(storage.refs, self.homes(storage), strict=True):
-            ref.tensor.data = view
+            ref.target.data = view
+        for wrapper in storage.wrappers:
+            wrapper.settle()
 
     def bind(self, storage: Storage, raw: torch.Tensor) -> None:
         """Point the tensors of `storage` at `raw`, a device uint8 tensor of its size."""
         for ref in storage.refs:
-            ref.tensor.data = self.view(raw, ref)
-            self._versions[id(ref)] = _version(ref.tensor)
+            ref.target.data = self.view(raw, ref)
+            self._versions[id(ref)] = _version(ref.writes)
+        for wrapper in storage.wrappers:
+            wrapper.settle()
         self.bound_now[storage.index] = raw
         if self._one_memory:
             self.masters[storage.index] = raw[:0]  # a second copy in the same memory would only take room
@@ -223,7 +223,7 @@ class Weights:
             return
         if self._one_memory:
             self.masters[storage.index] = raw.to("cpu")
-        elif any(ref.unseen_writes or _version(ref.tensor) != self._versions.get(id(ref), -1) for ref in storage.refs):
+        elif any(ref.unseen_writes or _version(ref.writes) != self._versions.get(id(ref), -1) for ref in storage.refs):
             self.bring_down(storage.index, raw)
         self._point_at_master(storage)
 
@@ -239,18 +239,18 @@ class Weights:
 
     def foreign_change(self) -> str | None:
         """The name of a tensor that something else has replaced or moved since we bound it, or None."""
-        return next((name for s in self.component.storages if (name := self._changed(s)) is not None), None)
+        refs = (ref for storage in self.component.storages for ref in storage.refs)
+        return next((ref.name for ref in refs if ref.replaced or self._moved(ref)), None)
 
     def _changed(self, storage: Storage) -> str | None:
-        raw = self.bound_now.get(storage.index)
-        base = raw if raw is not None else self.masters[storage.index]
-        return next((ref.name for ref in storage.refs if self._replaced(ref, base)), None)
+        return next((ref.name for ref in storage.refs if self._moved(ref)), None)
 
-    @staticmethod
-    def _replaced(ref: TensorRef, base: torch.Tensor) -> bool:
-        tensor = ref.tensor
-        at_home = tensor.data_ptr() == base.data_ptr() + ref.offset * ref.dtype.itemsize and tensor.dtype == ref.dtype
-        return not at_home and tensor.numel() > 0
+    def _moved(self, ref: TensorRef) -> bool:
+        raw = self.bound_now.get(ref.storage)
+        base = raw if raw is not None else self.masters[ref.storage]
+        target = ref.target
+        at_home = target.data_ptr() == base.data_ptr() + ref.offset * ref.dtype.itemsize and target.dtype == ref.dtype
+        return not at_home and target.numel() > 0
 
     @property
     def origins(self) -> dict[str, torch.device]:

@@ -112,21 +112,10 @@ def test_meta_is_an_error_that_names_the_tensor() -> None:
         build_component("painter", net)
 
 
-class Wrapped(torch.Tensor):
-    """A tensor subclass, as quantized weights are."""
-
-
-def test_subclass_tensors_are_an_error_that_names_the_tensor() -> None:
-    net = Chain(2)
-    net.layers[0].weight = nn.Parameter(torch.randn(64, 64).as_subclass(Wrapped), requires_grad=False)
-    with pytest.raises(ComponentError, match=r"'painter': 'layers\.0\.weight' is a Wrapped.*cannot be rebound"):
-        build_component("painter", net)
-
-
 def test_sparse_weights_are_an_error_that_names_the_tensor() -> None:
     net = Chain(2)
     net.register_buffer("mask", torch.eye(4).to_sparse())
-    with pytest.raises(ComponentError, match=r"'painter': 'mask' is a Tensor \(torch\.sparse_coo\)"):
+    with pytest.raises(ComponentError, match=r"'painter': 'mask' is a Tensor \(torch\.sparse_coo\).*cannot be rebound"):
         build_component("painter", net)
 
 
