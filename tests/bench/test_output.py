@@ -78,7 +78,7 @@ def test_one_row_per_case(document: dict[str, Any]) -> None:
     )
     assert "*Simulated*" in lines[-1] and "diffusers 1" in lines[-1] and "accelerate" not in lines[-1]
     document["rung"] = "gpu"
-    assert "Simulated" not in markdown(document)
+    assert "*Simulated*" not in markdown(document)
 
 
 def test_a_case_in_which_nothing_ran(document: dict[str, Any]) -> None:
