@@ -116,7 +116,7 @@ class Place(Protocol):
     def reset_peak(self) -> None: ...
 
     def peak(self) -> int:
-        """Most bytes allocated at once since `reset_peak`."""
+        """Most bytes that the card had to have since `reset_peak`: freed ones too that a stream may still use."""
         ...
 
     def pinned(self) -> int | None:
@@ -247,7 +247,7 @@ class SimulatedPlace:
         self._vram.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        return int(self._vram.max_memory_allocated())
+        return int(self._vram.max_memory_reserved())
 
     def pinned(self) -> int:
         return int(self._vram.counters()["pinned"])
