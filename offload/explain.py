@@ -5,7 +5,7 @@ from __future__ import annotations
 from .schedule import StepTime
 from .sizes import GIB, KIB, MIB, format_size
 
-HAIR = 0.005  # relative: times that read the same
+HAIR = 0.01  # relative: times that read the same
 
 
 def plan_sentence(

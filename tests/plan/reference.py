@@ -45,7 +45,8 @@ class Machine:
             piece = self.flow[at]
             begin = 0 if at == 0 or self.head + piece.nbytes > self.ring else self.head
             end = begin + piece.nbytes
-            overlapped = [t for t in self.tenants if t.begin < end and begin < t.end]
+            latest = self.tenants[-2 * len(self.flow) :]  # a step before those, the same addresses had other tenants
+            overlapped = [t for t in latest if t.begin < end and begin < t.end]
             if any(t.leaves is None for t in overlapped):
                 return
             start = max([self.copies, self.host, *(t.leaves for t in overlapped if t.leaves is not None)])
