@@ -84,6 +84,11 @@ class StreamEngine:
         held = sum(aligned(buffer.numel()) for buffer in self._held.values())
         return self._residents.nbytes + self.stream.device_bytes + held
 
+    @property
+    def most_beside(self) -> int:
+        """What `take_most_beside` would say, without asking."""
+        return self.stream.most_beside
+
     def take_most_beside(self) -> int:
         """The most device bytes of weights beside the ring and the residents since this was asked last."""
         most, self.stream.most_beside = self.stream.most_beside, 0

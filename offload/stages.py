@@ -242,8 +242,10 @@ class Stages:
         now = managed.timing.predict(plan, sig, managed.engine.held_units, self._rates(), pageable)
         if now is None:
             return
+        # what its forwards took is known as well, where the stage was set by a guess
+        taken = max(0, self.note_peak() - self._base - managed.engine.most_beside)
         managed.plan = None  # else it would be kept for being there
-        better = self._plan(managed, entry, sig, managed.reserved, False)
+        better = self._plan(managed, entry, sig, taken if sig == managed.lead else managed.reserved, False)
         if better.step_s is not None and better.step_s < (1 - WORTH_MOVING) * now.step_s:
             managed.plan = better
             managed.unplace()
