@@ -42,6 +42,9 @@ def _facts(session: Session) -> dict[str, Any]:
     """What it resolved to, what it planned, and what it thought that a step would take."""
     component = session.components[COMPONENT]
     plan = component.plan
+    streamed = None
+    if plan is not None:  # without the padding between storages, which a copy may leave out or take along
+        streamed = sum(unit.nbytes for unit in component.component.units if unit.index not in plan.resident)
     return {
         "registered": component.weights.pinned if session.backend.can_register else 0,
         "resolved": session.resolved.mode.value,
@@ -49,6 +52,7 @@ def _facts(session: Session) -> dict[str, Any]:
         "predicted_s": plan.step_s if plan is not None else None,
         "placement": plan.placement if plan is not None else None,
         "streamed_bytes": plan.streamed_bytes if plan is not None else None,
+        "streamed_raw_bytes": streamed,
         "resident_bytes": plan.resident_bytes if plan is not None else None,
         "ring_bytes": plan.ring_bytes if plan is not None else None,
     }
@@ -56,7 +60,10 @@ def _facts(session: Session) -> dict[str, Any]:
 
 STRATEGIES: tuple[Strategy, ...] = tuple(
     Strategy(
-        f"ours.{mode}", True, functools.partial(managed, mode=mode), f"OffloadPolicy(mode={mode!r}, high={HIGH!r})"
+        f"ours.{mode}",
+        True,
+        functools.partial(managed, mode=mode),
+        f"OffloadPolicy(mode={mode!r}, high={HIGH!r}, pinned_ram={PINNED!r})",
     )
     for mode in ("none", "balanced", "model", "sequential", "auto")
 )

@@ -71,7 +71,8 @@ def test_every_mode_is_steady_and_equal(case: dict[str, Any], mode: str) -> None
     assert ours["completed"], ours["error"]
     assert ours["twin_equal"] is True and ours["twin"]["races"] == 0
     assert (ours["races"], ours["host_syncs"], ours["allocations"], ours["bytes_d2h"]) == (0, 0, 0, 0)
-    assert ours["bytes_h2d"] == ours["streamed_bytes"]
+    # all that is not resident, once; of the padding between two weights of a unit a copy takes some along
+    assert ours["streamed_raw_bytes"] <= ours["bytes_h2d"] <= ours["streamed_bytes"]
     assert ours["peak_vram"] <= case["cap"]
     assert ours["pinned_ram"] <= 1.05 * ours["streamed_bytes"]
 
