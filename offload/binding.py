@@ -64,7 +64,7 @@ class Binding:
         self.downs = [*zip(targets, homes, strict=True), *wrappers]
         # what was made in inference mode counts no writes, and running statistics are written without being counted
         self.counted = [ref.writes for ref in self._refs if not ref.writes.is_inference()]
-        self.suspects = [ref for ref in self._refs if ref.keeps_statistics]
+        self.suspects = [ref for ref in self._refs if ref.keeps_statistics or ref.storage in weights.looks]
         self.versions = self.versions_now()
         self.bound = False
 
@@ -102,4 +102,9 @@ class Binding:
                 written[ref.storage] = ref
         for index in written:
             self._weights.bring_down(index, self._raws[index])
+        looks = self._weights.looks
+        for index in {ref.storage for ref in self.suspects if ref.storage in looks} - written.keys():
+            self._weights.look(index, self._raws[index])
+            if index not in looks:
+                self.suspects = [ref for ref in self.suspects if ref.keeps_statistics or ref.storage != index]
         self.versions = self.versions_now()

@@ -36,12 +36,12 @@ class Unsupported(ValueError):
 
 
 @contextlib.contextmanager
-def _as_plain() -> Iterator[None]:
-    """In this block torch treats every tensor as a plain one, and makes tensors that count their writes."""
+def _as_plain(inference: bool = False) -> Iterator[None]:
+    """In this block torch treats every tensor as a plain one. New ones count their writes, but for `inference`."""
     with (
         torch._C._DisableTorchDispatch(),
         torch._C.DisableTorchFunctionSubclass(),
-        torch.inference_mode(False),
+        torch.inference_mode(inference),
         torch.no_grad(),
     ):
         yield
@@ -58,9 +58,10 @@ class OwnMemory:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         with _as_plain():
-            self.writes: torch.Tensor = _RAW.detach(tensor)
-            if not self.writes.is_inference():
-                self.writes.data = self.writes.new_empty(0)  # else it would hold on to memory
+            writes: torch.Tensor = _RAW.detach(tensor)
+        with _as_plain(writes.is_inference()):
+            writes.data = torch.empty(0, dtype=writes.dtype, device=writes.device)  # else it would hold on to memory
+        self.writes = writes
 
     def _set_data(self, data: torch.Tensor) -> None:
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
@@ -116,7 +117,7 @@ class _Header(torch.Tensor):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> torch.Tensor:
         """What torch keeps of the wrapper `tensor`, without its inner tensors."""
-        with _as_plain():
+        with _as_plain(_is_inference(tensor)):
             made: torch.Tensor = torch.Tensor._make_wrapper_subclass(cls, (0,), device=_RAW.device.__get__(tensor))
             made.data = tensor
         return made
@@ -176,7 +177,7 @@ class Wrapper:
         for wrapper in self._nested:
             wrapper.settle()
         twin = self._twin()
-        with _as_plain():
+        with _as_plain(_is_inference(self.tensor)):
             if _RAW.device.__get__(twin) == device:
                 return _Header.of(twin)
             # its class does not ask the inner tensors
@@ -193,7 +194,7 @@ class Wrapper:
     def _twin(self) -> torch.Tensor:
         """A second wrapper around the same inner tensors, by the class's own means."""
         tensor: Any = self.tensor
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(_is_inference(tensor)), torch.no_grad():
             try:
                 _, context = tensor.__tensor_flatten__()
                 size, stride = _geometry(tensor)
@@ -205,6 +206,12 @@ class Wrapper:
             if not same or _RAW.dtype.__get__(twin) != _RAW.dtype.__get__(tensor):
                 raise Unsupported("its `__tensor_unflatten__` does not make an equal one of what it was flattened to")
         return twin
+
+
+def _is_inference(tensor: torch.Tensor) -> bool:
+    """Whether it was made in inference mode: what takes its place has to be, as torch goes by it."""
+    with _as_plain():
+        return bool(_RAW.is_inference(tensor))
 
 
 def _geometry(tensor: torch.Tensor) -> tuple[Any, Any]:
@@ -253,6 +260,9 @@ class Anatomy:
             if _RAW.layout.__get__(tensor) is not torch.strided:
                 raise Unsupported("its layout is not strided")
         inner = {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+        for name, value in inner.items():
+            if not isinstance(value, torch.Tensor) or getattr(tensor, name) is not value:
+                raise Unsupported(f"its `__tensor_flatten__` names `{name}`, which is no tensor that it keeps")
         _refuse_hidden(tensor, inner.values())
         nested: list[Wrapper] = []
         parts: list[Part] = []
@@ -271,6 +281,15 @@ class Anatomy:
         return wrapper, parts
 
 
+def addresses(tensor: torch.Tensor) -> set[int]:
+    """Where the memory in `tensor` begins: one address each, of whole storages; none where it has none to ask for."""
+    try:
+        parts = Anatomy().parts(tensor)
+    except Unsupported:
+        return set()
+    return {part.plain.untyped_storage().data_ptr() for part in parts if part.plain.numel() and not part.plain.is_meta}
+
+
 def _is_passive(kind: Any) -> bool:
     """Whether torch treats the class as a plain tensor: a Parameter by another name."""
     no_function: Any = torch._C._disabled_torch_function_impl
@@ -285,9 +304,16 @@ def _checked(plain: torch.Tensor) -> torch.Tensor:
         raise Unsupported("its layout is not strided")
     if plain.is_quantized or plain.is_nested or plain.is_conj() or plain.is_neg():
         raise Unsupported("it has state beside its bytes (a quantizer, a nested shape, or a lazy conjugate)")
-    if plain.numel() and plain.untyped_storage().data_ptr() == 0 and not plain.is_meta:
+    if plain.numel() and not plain.is_meta and not _has_memory(plain):
         raise Unsupported("it has no memory of its own (a wrapper without `__tensor_flatten__`, or taken by another)")
     return plain
+
+
+def _has_memory(plain: torch.Tensor) -> bool:
+    try:
+        return plain.untyped_storage().data_ptr() != 0
+    except RuntimeError:  # torch's word for the storage of a wrapper
+        return False
 
 
 def _refuse_hidden(tensor: torch.Tensor, known: Iterable[torch.Tensor]) -> None:

@@ -44,13 +44,15 @@ class TensorRef:
 
     tensor: torch.Tensor  # what the module holds
     target: Target  # whose `.data` changes hands: the tensor, or what subclasses.py found in it
-    name: str
+    held_as: str  # the tensor's name in the model
+    name: str  # that, and where in the tensor
     storage: int  # index into Component.storages
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int  # elements from the start of the storage
     is_buffer: bool
+    is_inference: bool  # made in inference mode: its views have to be, as torch goes by it
     owner: nn.Module
     wrappers: tuple[Wrapper, ...] = ()  # what it is wrapped in, from the innermost on
     holders: list[tuple[nn.Module, str]] = field(default_factory=list)  # whose attribute the tensor is
@@ -79,6 +81,11 @@ class TensorRef:
     def keeps_statistics(self) -> bool:
         """Whether it holds running statistics of a norm layer, which torch writes without counting."""
         return self.is_buffer and isinstance(self.owner, _KEEPS_STATISTICS)
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether a model may write it in its forward and torch does not count that: a buffer made in inference mode."""
+        return self.is_buffer and self.is_inference
 
     @property
     def unseen_writes(self) -> bool:
@@ -235,6 +242,7 @@ class _Shelf:
             ref = self._refs[key] = TensorRef(
                 tensor,
                 part.target,
+                name,
                 name + part.suffix,
                 storage.index,
                 plain.dtype,
@@ -242,6 +250,7 @@ class _Shelf:
                 plain.stride(),
                 int(plain.storage_offset()),
                 is_buffer,
+                plain.is_inference(),
                 unit.module,
                 part.wrappers,
             )

@@ -21,6 +21,7 @@ from .binding import stretches
 from .pinning import Pinner
 from .units import Component, Storage, TensorRef, Unit, aligned
 
+LOOKS = 2  # buffers whose writes torch does not count are compared with their masters, until nothing changed so often
 SLAB_BYTES = 256 << 20  # the most that is in two places at once while masters move into a slab
 
 
@@ -74,6 +75,8 @@ class Weights:
         self._slabs: dict[int, tuple[torch.Tensor, int]] = {}  # storage index -> its slab, and where in it
         self._pinned: set[int] = set()
         self._versions: dict[int, int] = {}
+        uncounted = (s for s in component.storages if any(ref.uncounted for ref in s.refs))
+        self.looks = {storage.index: LOOKS for storage in uncounted}  # storage index -> looks until we trust it
         self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
         self._originals: list[torch.device] = []
         self._one_memory = backend.shared_memory and backend.device.type != "cpu"
@@ -84,7 +87,7 @@ class Weights:
         """Take every storage as a CPU master, bringing down once what was loaded straight onto the device."""
         for storage in self.component.storages:
             raw = _own(storage.refs[0].target.untyped_storage())
-            self._originals.append(self._origins.get(storage.refs[0].name, raw.device))
+            self._originals.append(self._origins.get(storage.refs[0].held_as, raw.device))
             if raw.device.type != "cpu":
                 self.came_down += raw.numel()
                 raw = raw.to("cpu")
@@ -178,6 +181,11 @@ class Weights:
     @staticmethod
     def view(raw: torch.Tensor, ref: TensorRef) -> torch.Tensor:
         """The tensor of `ref` within `raw`, the uint8 bytes of its storage."""
+        if ref.is_inference:
+            with torch.inference_mode():
+                start = raw.storage_offset() // ref.dtype.itemsize + ref.offset
+                empty = torch.empty(0, dtype=ref.dtype, device=raw.device)
+                return empty.set_(raw.untyped_storage(), start, ref.size, ref.stride)
         over = raw.numel() % ref.dtype.itemsize
         # A view made in inference mode would turn the model's own tensor into an inference tensor: its writes would
         # not be counted, and nobody could ask for a gradient later.
@@ -225,6 +233,8 @@ class Weights:
             self.masters[storage.index] = raw.to("cpu")
         elif any(ref.unseen_writes or _version(ref.writes) != self._versions.get(id(ref), -1) for ref in storage.refs):
             self.bring_down(storage.index, raw)
+        elif storage.index in self.looks:
+            self.look(storage.index, raw)
         self._point_at_master(storage)
 
     def bring_down(self, index: int, raw: torch.Tensor) -> None:
@@ -232,6 +242,17 @@ class Weights:
         nbytes = self.component.storages[index].nbytes
         self.masters[index].copy_(raw[:nbytes])
         self.came_down += nbytes
+
+    def look(self, index: int, raw: torch.Tensor) -> None:
+        """Torch does not count writes to this storage: bring it down, and see whether there was one."""
+        before = self.masters[index].clone()
+        self.bring_down(index, raw)
+        if not torch.equal(before, self.masters[index]):
+            self.looks[index] = LOOKS
+        elif self.looks[index] == 1:
+            del self.looks[index]
+        else:
+            self.looks[index] -= 1
 
     def bound(self, storage: Storage) -> torch.Tensor | None:
         """The device buffer that `storage` is bound to, or None while its tensors are at the master."""
@@ -255,7 +276,7 @@ class Weights:
     @property
     def origins(self) -> dict[str, torch.device]:
         """Where each storage came from, by its first tensor's name."""
-        return {s.refs[0].name: self._originals[s.index] for s in self.component.storages}
+        return {s.refs[0].held_as: self._originals[s.index] for s in self.component.storages}
 
     # ------------------------------------------------------------------ the end
     def abandon(self) -> None:
@@ -265,6 +286,7 @@ class Weights:
         self._homes = {}
         self._slabs = {}
         self._pinned = set()
+        self.looks = {}
 
     def restore(self) -> None:
         """Give every storage memory of its own again, on the device it came from, and forget the masters.

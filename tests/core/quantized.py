@@ -66,7 +66,16 @@ class Int8(torch.Tensor):
             return args[0].each(lambda inner: func(inner, **kwargs) if inner.dim() == 2 else inner)
         if func in (aten.linear.default, aten.mm.default, aten.addmm.default):
             return func(*[a.dequantize() if isinstance(a, Int8) else a for a in args], **kwargs)
-        raise NotImplementedError(f"Int8 has no {func}")
+        return _other(cls, func, args, kwargs)
+
+
+def _other(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """What is made of other functions in inference mode, and whether `.data =` may do."""
+    if func is aten._has_compatible_shallow_copy_type.default:
+        return type(args[0]) is type(args[1])
+    if func.overloadpacket in (aten.to, aten.t):
+        return func.decompose(*args, **kwargs)
+    raise NotImplementedError(f"{kind.__name__} has no {func}")
 
 
 class Shifted(torch.Tensor):
@@ -103,7 +112,7 @@ class Shifted(torch.Tensor):
         if func in (aten.linear.default, aten.mm.default, aten.addmm.default):
             plain = [a.inside.dequantize() + a.shift if isinstance(a, Shifted) else a for a in args]
             return func(*plain, **kwargs)
-        raise NotImplementedError(f"Shifted has no {func}")
+        return _other(cls, func, args, kwargs)
 
 
 class Stamped(Int8):
@@ -155,6 +164,11 @@ class Logged(torch.Tensor):
 
     def plain(self) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)
+
+    def __deepcopy__(self, memo: Any) -> Logged:
+        twin = Logged(self.plain().clone(), self.logical)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
 
 class LoggedLinear(nn.Module):
