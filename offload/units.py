@@ -84,7 +84,7 @@ class TensorRef:
 
     @property
     def uncounted(self) -> bool:
-        """Whether a model may write it in its forward and torch does not count that: a buffer made in inference mode."""
+        """Whether a forward may write it and torch would not count that: a buffer made in inference mode."""
         return self.is_buffer and self.is_inference
 
     @property

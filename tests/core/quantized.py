@@ -3,6 +3,7 @@
 `Int8` is what torchao and optimum-quanto do: a wrapper with no memory of its own around an integer tensor and a scale.
 `Shifted` wraps an `Int8` once more, `Stamped` notes where it is, and `Logged` has memory of its own and a
 `__torch_function__`, as diffusers' GGUFParameter has. They refuse a mix of devices, as those do.
+Below are the models, and the means to look at them from outside.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .toys import Chain
+from balanced_offload.offload import Session
+
+from .toys import DEVICE, Chain, policy
 
 aten = torch.ops.aten
 
@@ -140,6 +143,46 @@ class Stamped(Int8):
         return cls(inner["int_data"], inner["scale"], *context)
 
 
+class Functional(Int8):
+    """Takes `F.linear` above the dispatcher, and computes with its inner tensors, as optimum-quanto does."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            with torch._C.DisableTorchFunctionSubclass():
+                y = F.linear(x, weight.int_data.to(x.dtype)) * weight.scale.flatten().to(x.dtype)
+            return y if bias is None else y + bias
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Dynamic(Int8):
+    """Answers by itself when torch asks for its device and sizes."""
+
+    @staticmethod
+    def __new__(cls, int_data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Dynamic:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            int_data.shape,
+            strides=int_data.stride(),
+            dtype=dtype,
+            device=int_data.device,
+            dispatch_device=True,
+            dispatch_sizes_strides_policy="sizes",
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].int_data.device
+        if func.overloadpacket in (aten.size, aten.sym_size, aten.dim, aten.stride, aten.sym_stride, aten.numel):
+            return func(args[0].int_data, *args[1:])
+        if func.overloadpacket in (aten.sym_numel, aten.is_contiguous, aten.storage_offset, aten.sym_storage_offset):
+            return func(args[0].int_data, *args[1:])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Logged(torch.Tensor):
     """Bytes of its own; says another shape than it has, and hides from torch's functions what it is."""
 
@@ -172,7 +215,7 @@ class Logged(torch.Tensor):
 
 
 class LoggedLinear(nn.Module):
-    """Halves in one byte each: the weight is 2 x bytes - 1."""
+    """One byte a weight: what is stored, over 127, less 1."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -216,6 +259,14 @@ class MixedShifted(Mixed):
 
 class MixedStamped(Mixed):
     kind = Stamped
+
+
+class MixedDynamic(Mixed):
+    kind = Dynamic
+
+
+class MixedFunctional(Mixed):
+    kind = Functional
 
 
 class MixedLogged(Chain):
@@ -280,9 +331,69 @@ NETS: dict[str, Any] = {
     "wrapper": Mixed,
     "nested": MixedShifted,
     "stamped": MixedStamped,
+    "dynamic": MixedDynamic,
+    "function": MixedFunctional,
     "own memory": MixedLogged,
     "one weight": OneWeight,
     "one scale": OneScale,
     "stray": Stray,
     "kept": Kept,
 }
+
+
+# ---------------------------------------------------------------------- looking from outside
+def session_for(net: nn.Module, mode: str, **fields: Any) -> Session:
+    session = Session(policy(mode, **fields), device=DEVICE)
+    session.add("net", net)
+    return session
+
+
+def inside(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in a tensor."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [plain for name in tensor.__tensor_flatten__()[0] for plain in inside(getattr(tensor, name))]
+    return [tensor]
+
+
+def objects(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor and all those in it, wrappers too."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [tensor, *(t for name in tensor.__tensor_flatten__()[0] for t in objects(getattr(tensor, name)))]
+    return [tensor]
+
+
+def tensors_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, ties as often as they are named."""
+    return dict([*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)])
+
+
+def state_of(net: nn.Module) -> dict[str, Any]:
+    """What offloading could leave behind: of every tensor and each inside it all that can be asked, and its bytes."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return {
+            f"{name}[{i}]": (
+                id(t),
+                type(t),
+                t.dtype,
+                torch.Tensor.size(t),
+                t.stride(),
+                t.storage_offset(),
+                t.device,
+                t.requires_grad,
+                torch._C._dispatch_keys(t).__repr__(),
+                t.is_inference(),
+                sorted((key, id(value)) for key, value in vars(t).items()),
+                [] if hasattr(t, "__tensor_flatten__") else t.as_subclass(torch.Tensor).cpu().tolist(),
+            )
+            for name, tensor in tensors_of(net).items()
+            for i, t in enumerate(objects(tensor))
+        }
+
+
+def bytes_of(net: nn.Module) -> int:
+    """Bytes of all plain storages, each once."""
+    found = {}
+    for tensor in tensors_of(net).values():
+        for plain in inside(tensor):
+            found[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
+    return sum(found.values())
