@@ -56,6 +56,7 @@ class Managed:
         self.lead: Signature | None = None  # the signature that asked for this placement
         self.accepted: set[Signature] = set()  # signatures that this placement has room for
         self.calls = 0  # calls in the current stage
+        self.most_calls = 0  # in any stage so far
         self.running = 0  # depth of calls in progress
         self.rungs: set[str] = set()  # steps down taken in the current stage
         self.limit: int | None = None  # device bytes that the last step down left it

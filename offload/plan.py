@@ -288,6 +288,22 @@ def _spreads(
         yield sum(sizes[i] for i in keep), ring, frozenset(keep)
 
 
+def grown_plan(component: Component, plan: StagePlan, budget: int, order: Sequence[int] | None = None) -> StagePlan:
+    """`plan` with more of it resident, where the budget has become larger: nothing that stays leaves, nothing else
+    streams than did, and what still streams is spread evenly over the order of execution."""
+    if component.device_bytes <= budget:
+        return full_plan(component)
+    by_index = {u.index: u for u in component.units}
+    walk = [by_index[i] for i in order or () if i in by_index]
+    walk += [u for u in component.units if u.index not in {u.index for u in walk}]
+    rest = [Choice(u.index, u.slot_bytes, u.slot_bytes, 0.0) for u in walk if u.index not in plan.resident]
+    room = budget - plan.device_bytes
+    largest_first = sorted(range(len(rest)), key=lambda at: -rest[at].nbytes)
+    more = fill(rest, interleaved(rest, room), room, largest_first) if room > 0 else frozenset()
+    keep = plan.resident | {rest[at].index for at in more}
+    return _stage_plan(component, keep, plan.ring_bytes, budget, None, plan.placement, None)
+
+
 def units_to_free(component: Component, loaded: Iterable[int], nbytes: int) -> list[int]:
     """Units to evict so that at least `nbytes` come free, with little more: largest first while they fit under the
     need, then the smallest one that covers the rest."""

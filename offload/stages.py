@@ -16,13 +16,15 @@ from .activation import GRADIENT, ActivationPeaks, Signature
 from .backend import Backend, DeviceMemory
 from .ledger import Ledger
 from .managed import STICKY_SHARE, Managed
-from .plan import StagePlan, full_plan, sequential_plan, stream_plan
+from .plan import StagePlan, full_plan, grown_plan, sequential_plan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
 from .schedule import Rates
 
 GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
 HISTORY = 64
-WORTH_MOVING = 0.02  # a plan that makes steps shorter by less is left for the next stage
+# Shares by which steps have to become shorter: for other units to stay, and for more of them to.
+WORTH_MOVING = 0.05
+WORTH_LOADING = 0.003
 
 
 class Stages:
@@ -83,6 +85,7 @@ class Stages:
         peak = self.note_peak()
         beside = active.engine.take_most_beside()  # weights too, though not the plan's residents
         self.note(active, beside)
+        active.most_calls = max(active.most_calls, active.calls)
         if active.placed and active.calls and active.lead is not None:
             grown = max(0, peak - self._base - beside)
             weights = sum(m.engine.device_bytes for m in self._components.values())
@@ -208,6 +211,8 @@ class Stages:
             wishes = {m.name: m.component.device_bytes for m in (managed, *partners)}
             room = arbiter.shares(wishes, room)[managed.name]
         held = frozenset(managed.engine.held_units)
+        if managed.most_calls == 1 and not partners and managed.limit is None:
+            room = min(room, self._without_evicting(managed, room - evictable, held))
         whole = sig is not None and GRADIENT in sig
         if whole and managed.limit is None and managed.component.device_bytes <= room:
             return full_plan(managed.component)
@@ -231,6 +236,16 @@ class Stages:
             activations=activations,
         )
 
+    def _without_evicting(self, managed: Managed, room: int, held: frozenset[int]) -> int:
+        """The room of a component that is called once in its stage.
+
+        To stream it copies each byte once, as to load it does; a byte that leaves for it is copied once more, when
+        its own turn comes. So it makes do with what is free, or with what it needs in order to stream (keep.py).
+        """
+        assert self._policy is not None
+        least = sequential_plan(managed.component, held, self._policy.prefetch)
+        return max(room, least.ring_bytes + least.held_bytes)
+
     def reconsider(self, managed: Managed, entry: str, sig: Signature) -> None:
         """The times of its units are known by now: plan the running stage again, where that is worth the moves."""
         plan, policy = managed.plan, self._policy
@@ -246,11 +261,18 @@ class Stages:
         taken = max(0, self.note_peak() - self._base - managed.engine.most_beside)
         managed.plan = None  # else it would be kept for being there
         better = self._plan(managed, entry, sig, taken if sig == managed.lead else managed.reserved, False)
-        if better.step_s is not None and better.step_s < (1 - WORTH_MOVING) * now.step_s:
-            managed.plan = better
+        if better.streams and (better.step_s is None or better.step_s > (1 - WORTH_MOVING) * now.step_s):
+            # nothing else would stream than does now, so that no other masters have to be page-locked
+            better = grown_plan(managed.component, plan, better.device_bytes, managed.engine.order_of(entry))
+            then = managed.timing.predict(better, sig, managed.engine.held_units, self._rates(), pageable)
+            if then is not None and then.step_s > (1 - WORTH_LOADING) * now.step_s:
+                better, then = plan, now
+            assert then is not None
+            better = dataclasses.replace(better, step_s=then.step_s, bound_s=then.bound_s, compute_s=then.compute_s)
+        managed.plan = better
+        if better.resident != plan.resident or better.ring_bytes != plan.ring_bytes:
+            self.leave()  # the next stage goes by what this one has learned
             managed.unplace()
-        else:
-            managed.plan = dataclasses.replace(plan, step_s=now.step_s, bound_s=now.bound_s, compute_s=now.compute_s)
 
     def _still_good(self, managed: Managed, plan: StagePlan, room: int) -> bool:
         """Whether a plan from before still fits, and a new one would hardly hold more."""
