@@ -7,21 +7,31 @@ from types import ModuleType
 import pytest
 import torch
 
-from .quantized import NETS, session_for
-from .toys import DEVICE, MODES, Low, build, clone, copied, results, same_values, state_of, tokens, values_of
+from .quantized import NETS, objects, session_for, tensors_of
+from .quantized import state_of as state
+from .toys import DEVICE, MODES, Low, build, clone, copied, same_values, state_of, tokens, values_of
 from .toys import NETS as TOYS
 
 
-@pytest.mark.parametrize("name", ["wrapper", "nested", "own memory"])
-def test_weights_made_in_inference_mode(sim: ModuleType, name: str) -> None:
+@pytest.mark.parametrize("name", ["wrapper", "nested", "stamped", "own memory", "kept"])
+def test_quantized_weights_made_in_inference_mode(sim: ModuleType, name: str) -> None:
     for mode in MODES:
         with torch.inference_mode():
-            net = build(NETS[name])
-            expected = results(net, tokens, 4, "cpu")
+            net, twin = build(NETS[name]), build(NETS[name])
+            before = state(net)
             session = session_for(net, mode)
-            assert all(map(torch.equal, results(net, tokens, 4, DEVICE), expected))
+            for i in range(6):
+                assert torch.equal(net(tokens(i).to(DEVICE)).cpu(), twin(tokens(i))), f"{mode}, run {i}"
+                made_so = [t.is_inference() for tensor in tensors_of(net).values() for t in objects(tensor)]
+                assert all(made_so)
+                if i == 3:
+                    session.free()
             session.detach()
-            assert all(map(torch.equal, results(net, tokens, 4, "cpu"), expected))
+            after = state(net)
+            if name == "kept":  # it writes to it
+                assert before.pop("leaf.table[2]") != after.pop("leaf.table[2]")
+            assert after == before
+            assert torch.equal(net(tokens()), twin(tokens()))
 
 
 @pytest.mark.parametrize("name", TOYS)
