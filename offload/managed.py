@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .activation import Signature
 from .backend import Backend
+from .calibration import Costs
 from .engine import StreamEngine
 from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
 from .pinning import Pinner
 from .plan import StagePlan
-from .policy import ComponentInfo, Role
+from .policy import ComponentInfo, OffloadMode, ResolvedPolicy, Role
 from .protocols import Engine
 from .timing import Timing
 from .units import Component, ComponentError, build_component
@@ -24,6 +25,26 @@ from .weights import Weights
 
 # A plan is kept while the budget moves by less than this share of the component: a new one would only shuffle weights.
 STICKY_SHARE = 0.05
+
+
+class Planned(NamedTuple):
+    """A plan and the figures that it was made from: the same ones would give the same, and planning takes long."""
+
+    plan: StagePlan
+    room: int
+    costs: Costs | None
+    mode: OffloadMode
+    high: int | None
+
+    def holds(self, plan: StagePlan, room: int, costs: Costs | None, policy: ResolvedPolicy, margin: int) -> bool:
+        """Whether `plan` is this one, or has its resident set, and `room` is within `margin` bytes of what it was."""
+        return (
+            self.plan.resident is plan.resident
+            and self.costs is costs
+            and (self.mode, self.high) == (policy.mode, policy.high)
+            and plan.device_bytes + plan.held_bytes <= room
+            and abs(room - self.room) < margin
+        )
 
 
 class Managed:
@@ -51,6 +72,7 @@ class Managed:
         self._build(build_component(name, module, role))
         # the stage
         self.plan: StagePlan | None = None
+        self.planned: Planned | None = None  # the last plan that was made for it
         self.placed = False  # the plan is on the device, and nothing was evicted from it since
         self.reserved = 0  # activation bytes kept free in the current placement
         self.lead: Signature | None = None  # the signature that asked for this placement

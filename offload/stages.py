@@ -14,8 +14,9 @@ from collections.abc import Callable
 from . import arbiter
 from .activation import GRADIENT, ActivationPeaks, Signature
 from .backend import Backend, DeviceMemory
+from .calibration import Costs
 from .ledger import Ledger
-from .managed import STICKY_SHARE, Managed
+from .managed import STICKY_SHARE, Managed, Planned
 from .plan import StagePlan, full_plan, grown_plan, sequential_plan, stream_plan
 from .policy import OffloadMode, ResolvedPolicy
 from .schedule import Rates
@@ -170,10 +171,7 @@ class Stages:
         self._base = self._backend.memory().allocated
 
     def _hand_over(self, managed: Managed, plan: StagePlan, activations: int) -> None:
-        """Use the room that this stage leaves to bring up what the next one wants, behind this one's compute.
-
-        What comes next, and what it wants, is what the last run had; in the first run nobody knows.
-        """
+        """Use the room that this stage leaves to bring up what the next one wants, as the last run had it."""
         policy, order = self._policy, self._first_use
         assert policy is not None
         if policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE) or policy.low_always or self._turn:
@@ -221,10 +219,10 @@ class Stages:
             if "sequential" in managed.rungs:
                 return sequential_plan(managed.component, held, policy.prefetch, room)
             return stream_plan(managed.component, room, held, policy.prefetch, managed.engine.order_of(entry))
-        if managed.plan is not None and self._still_good(managed, managed.plan, room):
-            return managed.plan
         costs = managed.timing.expect(sig)
-        return arbiter.choose_plan(
+        if managed.plan is not None and self._still_good(managed, managed.plan, room, costs):
+            return managed.plan
+        plan = arbiter.choose_plan(
             policy,
             managed.component,
             room,
@@ -235,6 +233,8 @@ class Stages:
             pageable=managed.weights.unpinnable(),
             activations=activations,
         )
+        managed.planned = Planned(plan, room, costs, policy.mode, policy.high)
+        return plan
 
     def _without_evicting(self, managed: Managed, room: int, held: frozenset[int]) -> int:
         """The room of a component that is called once in its stage.
@@ -274,17 +274,20 @@ class Stages:
             self.leave()  # the next stage goes by what this one has learned
             managed.unplace()
 
-    def _still_good(self, managed: Managed, plan: StagePlan, room: int) -> bool:
+    def _still_good(self, managed: Managed, plan: StagePlan, room: int, costs: Costs | None) -> bool:
         """Whether a plan from before still fits, and a new one would hardly hold more."""
         policy = self._policy
         assert policy is not None
+        margin = int(STICKY_SHARE * managed.component.device_bytes)
+        if managed.planned is not None and managed.planned.holds(plan, room, costs, policy, margin):
+            return True
         if policy.mode in (OffloadMode.MODEL, OffloadMode.SEQUENTIAL) or managed.name in policy.never:
             return False
         room = room if policy.high is None else min(room, policy.high)
         whole = managed.component.device_bytes
         if not plan.resident or plan.device_bytes > room:
             return False
-        return not plan.streams or (whole > room and room - plan.device_bytes < STICKY_SHARE * whole)
+        return not plan.streams or (whole > room and room - plan.device_bytes < margin)
 
     def _make_room(self, managed: Managed, plan: StagePlan, activations: int, decoding: bool) -> None:
         """Evict for what the plan still has to load and for the activations, by need, and no further."""
