@@ -200,7 +200,7 @@ class Logged(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.Tensor.data.__set__, "whoever rebinds it goes past its class"
+        assert func != torch.Tensor.data.__set__, "whoever rebinds it goes past its class"
         result = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(result, Logged) and "logical" not in vars(result):
             result.logical = tuple(args[0].logical)
