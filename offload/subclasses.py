@@ -126,7 +126,7 @@ class _Header(torch.Tensor):
 class Wrapper:
     """A tensor whose bytes are those of its inner tensors, which may be wrappers themselves."""
 
-    __slots__ = ("_devices", "_headers", "_home", "_inner", "_leaves", "_nested", "_said", "tensor")
+    __slots__ = ("_devices", "_headers", "_home", "_inner", "_leaves", "_nested", "tensor")
 
     def __init__(self, tensor: torch.Tensor, inner: dict[str, torch.Tensor], nested: list[Wrapper]) -> None:
         self.tensor = tensor
@@ -135,7 +135,6 @@ class Wrapper:
         self._leaves: list[Target] = [leaf for wrapper in nested for leaf in wrapper._leaves]
         with _as_plain():
             self._home: torch.device = _RAW.device.__get__(tensor)
-        self._said = self._home
         self._headers = {self._home: _Header.of(tensor)}
         # what the class itself noted of where it is
         self._devices = {name: value for name, value in vars(tensor).items() if isinstance(value, torch.device)}
@@ -154,7 +153,7 @@ class Wrapper:
         """Have it say where it is: where all of its bytes are, or where it was found while they are apart."""
         devices = {leaf.device for leaf in self._leaves}
         device = devices.pop() if len(devices) == 1 else self._home
-        if device == self._said or self.replaced:
+        if self.replaced:
             return
         header = self._headers.get(device)
         if header is None:
@@ -163,7 +162,6 @@ class Wrapper:
             self.tensor.data = header
         for name, found in self._devices.items():
             vars(self.tensor)[name] = found if device == self._home else device
-        self._said = device
 
     data = property(None, settle)  # so that it stands among the tensors that a unit rebinds, behind its inner ones
 

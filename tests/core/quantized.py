@@ -186,6 +186,8 @@ class Dynamic(Int8):
 class Logged(torch.Tensor):
     """Bytes of its own; says another shape than it has, and hides from torch's functions what it is."""
 
+    rebound = 0  # times that its class was asked to assign to `data`
+
     def __new__(cls, data: torch.Tensor, logical: tuple[int, ...]) -> Logged:
         made = torch.Tensor._make_subclass(cls, data, False)
         made.logical = logical
@@ -200,7 +202,7 @@ class Logged(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func != torch.Tensor.data.__set__, "whoever rebinds it goes past its class"
+        Logged.rebound += func == torch.Tensor.data.__set__
         result = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(result, Logged) and "logical" not in vars(result):
             result.logical = tuple(args[0].logical)

@@ -112,6 +112,26 @@ def test_weights_from_a_file_reach_the_masters(sim: ModuleType) -> None:
             session.free()
 
 
+@pytest.mark.parametrize("mode", ["balanced", "model", "sequential", "auto"])
+def test_two_components_that_share_a_quantized_weight(sim: ModuleType, mode: str) -> None:
+    first, second = build(Mixed, seed=1), build(Mixed, seed=2)
+    second.layers[3].weight = first.layers[0].weight  # in a layer that asks it where it is
+    twins = clone(nn.ModuleList([first, second]))
+    session = session_for(first, mode)
+    session.add("second", second)
+    with torch.no_grad():
+        for run in range(5):
+            for part, twin in zip((first, second), twins, strict=True):
+                for _ in range(2):
+                    assert torch.equal(part(tokens(run).to(DEVICE)).cpu(), twin(tokens(run))), run
+    session.detach()
+    assert second.layers[3].weight is first.layers[0].weight
+    assert {t.device.type for part in (first, second) for p in part.parameters() for t in objects(p)} == {"cpu"}
+    for part, twin in zip((first, second), twins, strict=True):
+        assert torch.equal(part(tokens()), twin(tokens()))
+    assert device_bytes(sim) == 0
+
+
 # ---------------------------------------------------------------------- what is refused
 class Silent(torch.Tensor):
     """A wrapper that does not say what is in it."""
