@@ -7,6 +7,7 @@ device, hooks, streams, and the model itself once it is given back.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ class Lines:
 
     def function(self, place: Place) -> str:
         """The function that the line is in."""
-        return self._functions[place[:2]]
+        return self._functions.get(place[:2], "<lambda>")
 
     def strike(self, work: Callable[[], Any], place: Place, error: type[BaseException] = Interrupt) -> bool:
         """Run `work`, and raise `error` at `place`; whether it came out. `struck` is None if it was never there."""
@@ -90,7 +91,8 @@ class Lines:
             key = (frame.f_code.co_filename, frame.f_lineno)
             run = self._runs.get(key, 0)
             self._runs[key] = run + 1
-            self._functions[key] = frame.f_code.co_name
+            if not frame.f_code.co_name.startswith("<"):  # a comprehension is part of the line that it is in
+                self._functions[key] = frame.f_code.co_name
             if self._target == (*key, run):
                 self.struck = f"{Path(key[0]).name}:{key[1]} ({frame.f_code.co_name}), run {run}"
                 raise self._error(self.struck)
@@ -115,8 +117,10 @@ class Rig:
         self.expected = expected or [clone(self.net)(inputs(seed)) for seed in range(3)]
         self.before = state_of(self.net)
         self.start = sim.memory_allocated()
+        self.locked = sim.counters()["pinned"]
         self.session = Session(policy(wanted) if isinstance(wanted, str) else wanted, device=DEVICE)
         self.managed = self.session.add("net", self.net)
+        self.weights = self.managed.weights
         self.xs = [inputs(seed).to(DEVICE) for seed in range(3)]
         sim.synchronize()
         self.mine = sim.memory_allocated() - self.start - self.managed.engine.device_bytes
@@ -178,3 +182,7 @@ class Rig:
         assert state_of(self.net) == self.before, note
         assert hooks(self.net) == [] and self._there(self.start) == self.start, note
         assert self.session.ledger.total_bytes_d2h == 0, note
+        if self.managed.weights is self.weights:  # masters that were taken anew are another test's
+            if self.sim.counters()["pinned"] > self.locked:
+                gc.collect()
+            assert self.sim.counters()["pinned"] <= self.locked, f"{note}: host memory is still page-locked"
