@@ -68,7 +68,9 @@ class StreamEngine:
         self._implicit_units: set[int] = set()  # it, and the units inside it
         self._watched_last = False  # the last forward was watched
         self._moving = False  # we are rebinding tensors, which demand paging must not take for a use
-        self._owners = {id(ref.tensor): storage for storage in component.storages for ref in storage.refs}
+        self._owners = {
+            id(tensor): storage for storage in component.storages for ref in storage.refs for tensor in ref.objects
+        }
         self._arm_all()
         self._log_came_down()
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..policy import Role
+from ..subclasses import addresses
 from ..units import ComponentError
 
 # Methods that pipelines call beside `forward`, and that use weights without going through it. `generate` is left out on
@@ -92,7 +93,7 @@ def parts_of(pipe: Any) -> list[Part]:
     parts: list[Part] = []
     for name in dict.fromkeys([*sequence, *modules]):
         module = modules[name]
-        pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(module) if has_data(tensor)}
+        pointers = {address for tensor in tensors_of(module) if has_data(tensor) for address in addresses(tensor)}
         empty = next(tensors_of(module), None) is None
         if id(module) in taken or id(module) in inner or empty:
             continue
