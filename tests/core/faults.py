@@ -14,12 +14,27 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from balanced_offload.offload import OffloadPolicy, Session
 
-from .toys import DEVICE, build, clone, copied, device_bytes, hooks, policy, state_of
+from .toys import DEVICE, Chain, build, clone, copied, device_bytes, hooks, policy, state_of, tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen(vram: ModuleType) -> None:
+    """What the first forward of a process loads stays for good: the collections around every test need not walk it."""
+    net = build(lambda: Chain(2))
+    with Session(policy("sequential"), device=DEVICE) as session, torch.no_grad():
+        session.add("net", net)
+        for _ in range(3):
+            net(tokens().to(DEVICE))
+    del net, session
+    gc.collect()
+    gc.freeze()
+
 
 CORE = Path(__file__).resolve().parents[2] / "offload"
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from balanced_offload.offload import OffloadPolicy, Session, weights
 
-from .faults import Interrupt, Lines, Rig
+from .faults import Interrupt, Lines, Rig, frozen  # noqa: F401
 from .test_clean import Bomb
 from .toys import DEVICE, NETS, build, clone, copied, policy, tokens
 

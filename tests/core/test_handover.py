@@ -19,7 +19,7 @@ from balanced_offload.offload import OffloadPolicy
 from balanced_offload.offload.arbiter import slack
 from balanced_offload.offload.residents import Residents
 
-from .faults import Interrupt, Lines
+from .faults import Interrupt, Lines, frozen  # noqa: F401
 from .test_session import Toys
 from .toys import DEVICE, MIB, device_bytes, hooks
 

@@ -20,6 +20,7 @@ from balanced_offload.offload.backend import open_backend
 from balanced_offload.offload.rates import FILE, FOLDER, RateBook, rate_book
 from balanced_offload.offload.schedule import Rates
 
+from .faults import frozen  # noqa: F401
 from .test_clean import Bomb
 from .toys import DEVICE, MIB, NETS, Chain, LateCall, build, clone, copied, hooks, policy, tokens
 
