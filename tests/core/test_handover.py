@@ -443,7 +443,7 @@ PLACES = {
 
 @pytest.mark.parametrize(
     "function",
-    [pytest.param(name, marks=UNFILLED if name in ("bring_early", "_copy") else ()) for name in PLACES],
+    [pytest.param(name, marks=UNFILLED if name == "bring_early" else ()) for name in PLACES],
 )
 def test_an_interrupt_at_any_line_of_a_hand_over(run: Run, function: str) -> None:
     """Wherever it strikes: the next prompts are right, and move what they moved before."""
