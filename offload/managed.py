@@ -85,10 +85,15 @@ class Managed:
         self.retrying = False  # the call is being repeated after a step down
         self.evicted_for: str | None = None  # reason of the last eviction, until it is loaded again
 
-    def _build(self, component: Component, origins: Mapping[str, torch.device] | None = None) -> None:
+    def _build(
+        self,
+        component: Component,
+        origins: Mapping[str, torch.device] | None = None,
+        slabs: Mapping[int, tuple[torch.Tensor, int]] | None = None,
+    ) -> None:
         backend, ledger, copy_stream, pinner = self._make
         self.component = component
-        self.weights = Weights(component, backend, pinner, origins)
+        self.weights = Weights(component, backend, pinner, origins, slabs)
         engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
         self.engine: Engine = engine
         self.timing = Timing(component, backend, engine.stream)
@@ -124,10 +129,10 @@ class Managed:
         self.engine.abort()
         self.engine.evict(None, "external")  # what nobody replaced lies in a buffer of its unit: not one storage
         component = build_component(self.name, self.module, self.role)
-        origins = self.weights.origins
+        origins, slabs = self.weights.origins, self.weights.places
         self.engine.disarm()
         self.weights.abandon()
-        self._build(component, origins)
+        self._build(component, origins, slabs)
         self.plan = None
         self.unplace()
 

@@ -29,6 +29,7 @@ class Residents:
         self.loaded: dict[int, torch.Tensor] = {}  # unit index -> its buffer; its tensors point there
         self.moved: set[int] = set()  # units that were loaded before: what moved twice will move again
         self._early: dict[int, torch.Tensor] = {}  # likewise, but nothing points there yet
+        self._early_versions: dict[int, list[int]] = {}  # what their copies were made of
         self._arrival: Any = None  # event on the copy stream behind the last early copy
         self._component = component
         self._weights = weights
@@ -91,13 +92,20 @@ class Residents:
                     buffers[unit.index] = self._backend.empty(unit.slot_bytes)
             except torch.OutOfMemoryError:  # what has a buffer is brought up, the rest comes in its own time
                 units = [unit for unit in units if unit.index in buffers]
-            self._early.update(buffers)
             # queued kernels may still use bytes that the allocator hands out again
-            ready = self._backend.record(self._backend.current_stream())
-            with self._backend.on_stream(self._copy_stream):
-                self._copy_stream.wait_event(ready)
-                self._copy(units, buffers, "stage", overlapped=True)
-            self._arrival = self._backend.record(self._copy_stream)
+            compute = self._backend.current_stream()
+            ready = self._backend.record(compute)
+            versions = {unit.index: self._versions(unit) for unit in units}
+            try:
+                with self._backend.on_stream(self._copy_stream):
+                    self._copy_stream.wait_event(ready)
+                    self._copy(units, buffers, "stage", overlapped=True)
+                self._arrival = self._backend.record(self._copy_stream)
+            except BaseException:  # the buffers go, and may be somebody else's before what was queued has run
+                compute.wait_event(self._backend.record(self._copy_stream))
+                raise
+        self._early_versions.update(versions)
+        self._early.update(buffers)  # last: what counts as early has its copy under way
         self.moved.update(buffers)
         return sum(buffer.numel() for buffer in buffers.values())
 
@@ -108,10 +116,22 @@ class Residents:
         with self._ledger.wait("onload"):
             self._backend.current_stream().wait_event(self._arrival)
         buffers, self._early = self._early, {}
-        kept = {index: buffer for index, buffer in buffers.items() if index in wanted}
+        versions, self._early_versions = self._early_versions, {}
+        kept = {
+            index: buffer
+            for index, buffer in buffers.items()
+            # what was written since its copy was started comes up again
+            if index in wanted and versions[index] == self._versions(self._component.units[index])
+        }
         with torch.inference_mode(False), torch.no_grad():
             self._bind([self._component.units[index] for index in kept], kept)
         self.loaded.update(kept)
+
+    @staticmethod
+    def _versions(unit: Unit) -> list[int]:
+        """How often each tensor of a unit was written in place; -1 where that is not counted."""
+        counters = [ref.writes for storage in unit.storages for ref in storage.refs]
+        return [-1 if counter.is_inference() else counter._version for counter in counters]
 
     def _copy(
         self,
@@ -167,4 +187,5 @@ class Residents:
             freed = sum(self._component.units[index].nbytes for index in self._early)
             count = len(self._early)
             self._early.clear()
+            self._early_versions.clear()
             self._ledger.move(self._component.name, "drop", freed, "need", count=count)

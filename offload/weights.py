@@ -63,8 +63,10 @@ class Weights:
         backend: Backend,
         pinner: Pinner,
         origins: Mapping[str, torch.device] | None = None,
+        slabs: Mapping[int, tuple[torch.Tensor, int]] | None = None,
     ) -> None:
-        """`origins`: where `restore` puts a storage, by its first tensor's name; else where it is found now."""
+        """`origins`: where `restore` puts a storage, by its first tensor's name; else where it is found now.
+        `slabs`: the slab and the place in it of masters that are in one already, by address (`places`)."""
         self.component = component
         self.bound_now: dict[int, torch.Tensor] = {}  # storage index -> the device bytes it is bound to
         self.came_down = 0  # bytes copied down so far: weights found on the device, or written there
@@ -80,10 +82,10 @@ class Weights:
         self._homes: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # storage -> master, views of it
         self._originals: list[torch.device] = []
         self._one_memory = backend.shared_memory and backend.device.type != "cpu"
-        self._adopt()
+        self._adopt(slabs or {})
 
     # ------------------------------------------------------------------ masters
-    def _adopt(self) -> None:
+    def _adopt(self, slabs: Mapping[int, tuple[torch.Tensor, int]]) -> None:
         """Take every storage as a CPU master, bringing down once what was loaded straight onto the device."""
         for storage in self.component.storages:
             raw = _own(storage.refs[0].target.untyped_storage())
@@ -95,6 +97,8 @@ class Weights:
         for storage in self.component.storages:
             self._point_at_master(storage)
         self._pinned = {i for i, master in enumerate(self.masters) if master.is_pinned()}
+        found = ((i, slabs.get(self.masters[i].data_ptr())) for i in self._pinned)
+        self._slabs = {i: place for i, place in found if place is not None}
 
     def pin(self, units: Iterable[Unit]) -> bool:
         """Move the masters of `units` into page-locked slabs, in this order, as far as the RAM budget goes.
@@ -132,6 +136,11 @@ class Weights:
             if storage.index not in self.bound_now:
                 self._point_at_master(storage)
             base += aligned(nbytes)
+
+    @property
+    def places(self) -> dict[int, tuple[torch.Tensor, int]]:
+        """The slab of each master that lies in one, and where in it, by the master's address."""
+        return {self.masters[i].data_ptr(): place for i, place in self._slabs.items()}
 
     def unpinnable(self) -> frozenset[int]:
         """Units that would stream from pageable memory, as the RAM budget has no room for their masters."""
