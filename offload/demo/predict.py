@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..plan import sequential_plan, stream_plan
 from ..profiles import profile_for
-from ..units import Component
+from ..units import Component, aligned
 from .checks import ModeRun
 
 # The class values of the simulator's generic card, so that both tables speak of the same machine.
@@ -42,6 +42,11 @@ class Part:
     def weights(self) -> int:
         """Bytes of weights."""
         return self.component.weight_bytes
+
+    @property
+    def gaps(self) -> int:
+        """Bytes between the weights of a unit, which go along when it is copied whole from its slab."""
+        return sum(aligned(s.nbytes) - s.nbytes for unit in self.component.units for s in unit.storages[:-1])
 
     @property
     def copies(self) -> int:
@@ -119,7 +124,8 @@ def predict(mode: str, parts: Sequence[Part], generations: int, cap: int, high: 
         run.resident_peak, run.peak_vram, run.stall_s = on_device, on_device + most, 0.0
         run.time_s = compute + _copy(run.bytes_h2d, run.moves)
     elif resolved == "model":
-        run.bytes_h2d, run.moves = generations * whole, generations * sum(part.copies for part in parts)
+        run.bytes_h2d = generations * (whole + sum(part.gaps for part in parts))  # what moves again lies in slabs
+        run.moves = generations * sum(part.copies for part in parts)
         run.resident_peak = max(part.component.device_bytes for part in parts)
         run.peak_vram, run.stall_s = needed_by_model(parts), 0.0
         run.time_s = compute + _copy(run.bytes_h2d, run.moves)

@@ -33,6 +33,9 @@ class FakeCard:
     def current_device(self) -> int:
         return 0
 
+    def set_stream(self, stream: Any) -> None:
+        self.stream = stream
+
     def device_count(self) -> int:
         return self.count
 
