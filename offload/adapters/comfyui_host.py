@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-
 KEY = "balanced_offload"  # of our callbacks, wrappers and attachments in the host's objects
 
 
