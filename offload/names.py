@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .policy import ComponentInfo
 
@@ -17,8 +18,7 @@ _NEAR_POOL = 200
 """Names compared for a near match: comparing thousands would cost more than the whole of resolve."""
 
 
-@dataclass(frozen=True)
-class _Folded:
+class _Folded(NamedTuple):
     """A component with the two spellings every rule compares, folded once."""
 
     info: ComponentInfo
@@ -86,13 +86,23 @@ def match(entries: Sequence[str], components: Sequence[ComponentInfo]) -> Matche
 
 
 def _match_one(entry: str, folded: Sequence[_Folded]) -> list[str]:
-    hits = [c.info.name for c in folded if entry in (c.name, c.class_name)]
-    named = any(entry == c.name for c in folded)
+    hits: list[str] = []
+    named = False
+    for info, name, class_name in folded:
+        if name == entry:
+            named = True
+            hits.append(info.name)
+        elif class_name == entry:
+            hits.append(info.name)
     alias = entry if named else entry.replace("_", "-")
     rule = ALIASES.get(alias)
     if rule is not None:
         # Hosts name a component like the alias ("clip_l"), whatever its class.
-        hits += [c.info.name for c in folded if rule(c) or c.name.replace("_", "-") == alias]
+        hits += [
+            c.info.name
+            for c in folded
+            if rule(c) or c.name == alias or ("_" in c.name and c.name.replace("_", "-") == alias)
+        ]
     return hits
 
 

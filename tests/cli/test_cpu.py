@@ -49,7 +49,7 @@ def test_the_prediction_is_made_of_sizes(fallback):
     rows = {row["mode"]: row for row in fallback.document["modes"]}
     cap, weights = fallback.document["cap"], rows["none"]["bytes_h2d"]
     assert cap < weights
-    assert rows["model"]["bytes_h2d"] == 5 * weights
+    assert 5 * weights <= rows["model"]["bytes_h2d"] < 5.02 * weights  # with what lies between weights in their slabs
     assert weights < rows["balanced"]["bytes_h2d"] < rows["sequential"]["bytes_h2d"]
     assert rows["auto"]["resolved"] == "sequential"
     assert all(rows[mode]["peak_vram"] <= cap for mode in ("balanced", "model", "sequential", "auto"))
