@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from .. import memory
+from ..backend import Backend
 from ..ledger import RunRecord
+from ..policy import Machine
 from ..report import build_report
 from ..session import Session
 from ..version import version
@@ -33,29 +37,55 @@ class RunFacts:
     output_neutral: bool | None
     prediction: dict[str, Any]
 
-    def report(self, session: Session, *, full: bool = False) -> dict[str, Any]:
-        """`offload-report/1` of this run."""
-        machine, backend = session.machine, session.backend
+    def report(
+        self,
+        session: Session,
+        *,
+        world: str = "pipeline",
+        env: Mapping[str, Any] | None = None,
+        nodes: Sequence[Mapping[str, Any]] = (),
+        sources: Mapping[str, str] | None = None,
+        full: bool = False,
+    ) -> dict[str, Any]:
+        """`offload-report/1` of this run. `env`: what a host adds to it; `nodes`: its nodes, where it has them."""
         return build_report(
             self.record,
-            host={
-                "gpu": backend.name,
-                "vram_total": machine.vram_total,
-                "os": platform.platform(),
-                "ram_total": machine.ram_total,
-                "other_accelerators": list(backend.others),
-            },
-            env={"pack": version(), "torch": torch.__version__, "flags": []},
+            host=host_facts(session.backend, session.machine),
+            env={**env_facts(), **(env or {})},
             policy_json=self.policy,
             resolved_json=self.resolved,
             vram=self.vram,
             ram=self.ram,
-            rung=backend.rung,
-            world="pipeline",
+            rung=session.backend.rung,
+            world=world,
             output_neutral=self.output_neutral,
             prediction=self.prediction,
+            nodes=nodes,
+            sources=sources,
             full=full,
         )
+
+
+def host_facts(backend: Backend, machine: Machine) -> dict[str, Any]:
+    """The report's `host`."""
+    return {
+        "gpu": backend.name,
+        "vram_total": machine.vram_total,
+        "os": operating_system(),
+        "ram_total": machine.ram_total,
+        "other_accelerators": list(backend.others),
+    }
+
+
+def env_facts() -> dict[str, Any]:
+    """The report's `env`, as far as no host is needed to know it."""
+    return {"pack": version(), "torch": torch.__version__, "flags": []}
+
+
+@cache
+def operating_system() -> str:
+    """Kept: asking the system's libraries takes milliseconds."""
+    return platform.platform()
 
 
 def collect(session: Session, record: RunRecord, *, output_neutral: bool | None) -> RunFacts:
