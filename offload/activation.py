@@ -125,6 +125,7 @@ class ActivationPeaks:
     _guessed: dict[tuple[str, Signature], int] = field(default_factory=dict)
     _widths: dict[str, _Widths] = field(default_factory=dict)
     _latest: dict[str, tuple[int, ActivationSource]] = field(default_factory=dict)
+    _hints: dict[str, int] = field(default_factory=dict)
 
     def expect(
         self, component: Component, entry: str, sig: Signature, headroom: int | None
@@ -135,6 +136,8 @@ class ActivationPeaks:
             return self.learned[key], "learned"
         if headroom is not None:
             found: tuple[int, ActivationSource] = (headroom, "headroom")
+        elif component.name in self._hints:
+            found = (self._hints[component.name], "estimated")
         else:
             if key not in self._guessed:
                 if component.name not in self._widths:
@@ -144,6 +147,10 @@ class ActivationPeaks:
             found = (self._guessed[key], "estimated")
         self._latest[component.name] = found
         return found
+
+    def hint(self, component: str, nbytes: int) -> None:
+        """A host says what it expects the next calls to need: it takes the place of our guess, not of a measurement."""
+        self._hints[component] = nbytes
 
     def learn(self, component: str, sig: Signature, nbytes: int, beside_weights: int) -> None:
         """The last run of this shape needed `nbytes` more than there was in use when it began.
@@ -161,6 +168,7 @@ class ActivationPeaks:
                 del table[key]
         self._latest.pop(component, None)
         self._widths.pop(component, None)
+        self._hints.pop(component, None)
 
     def largest(self) -> tuple[int, ActivationSource]:
         """The largest peak beside weights among the stages seen so far, and where it is from."""

@@ -57,6 +57,7 @@ class StreamEngine:
         self._ledger = ledger
         self._copy_stream = copy_stream
         self._on_touch = on_touch
+        self.on_placed: Callable[[], None] | None = None  # called when units have come to the device, or left it
         self._residents = Residents(component, weights, backend, ledger, copy_stream)
         self._loaded = self._residents.loaded  # unit index -> its resident buffer
         self._held: dict[int, torch.Tensor] = {}  # storage index -> its buffer, for this forward
@@ -163,6 +164,13 @@ class StreamEngine:
         self._arm_all()
         return before - self.device_bytes
 
+    def drop(self, indexes: Iterable[int], reason: Reason) -> None:
+        """Evict these units, as far as they are resident, and what was copied ahead."""
+        self.stream.forget()
+        self._residents.drop_early()
+        self._drop(self._loaded.keys() & set(indexes), reason)
+        self._arm_all()
+
     def _drop(self, indexes: Iterable[int], reason: Reason) -> None:
         self._residents.drop(indexes, reason)
         self._log_came_down()
@@ -188,6 +196,8 @@ class StreamEngine:
                     handle.remove()
             elif unit.index not in self._hooks and unit.hookable:
                 self._arm(unit)
+        if self.on_placed is not None:
+            self.on_placed()
 
     def _arm(self, unit: Unit) -> None:
         handles = self._hooks[unit.index] = []

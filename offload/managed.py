@@ -17,12 +17,13 @@ from .entries import Call, EntryPoints
 from .ledger import Category, Ledger
 from .pinning import Pinner
 from .plan import StagePlan
-from .policy import ComponentInfo, OffloadMode, ResolvedPolicy, Role
+from .policy import ComponentInfo, OffloadMode, OffloadPolicy, ResolvedPolicy, Role
 from .protocols import Engine
 from .timing import Timing
 from .units import Component, ComponentError, build_component
 from .weights import Weights
 
+HOST = "<host>"  # the entry point of a stage that a host begins ahead of the call
 # A plan is kept while the budget moves by less than this share of the component: a new one would only shuffle weights.
 STICKY_SHARE = 0.05
 
@@ -69,6 +70,8 @@ class Managed:
         self.entries = EntryPoints(module, entries)
         self._make = (backend, ledger, copy_stream, pinner)
         self._on_touch = on_touch
+        self.policy: OffloadPolicy | None = None  # its own, where a host gave it one
+        self.on_placed: Callable[[], None] | None = None  # called when units have come to the device, or left it
         self._build(build_component(name, module, role))
         # the stage
         self.plan: StagePlan | None = None
@@ -96,7 +99,21 @@ class Managed:
         self.weights = Weights(component, backend, pinner, origins, slabs)
         engine = StreamEngine(component, self.weights, backend, ledger, copy_stream, lambda: self._on_touch(self))
         self.engine: Engine = engine
+        engine.on_placed = self._placed
         self.timing = Timing(component, backend, engine.stream)
+
+    def _placed(self) -> None:
+        if self.on_placed is not None:
+            self.on_placed()
+
+    @property
+    def leads(self) -> tuple[Signature, ...]:
+        """The signatures of which the present stage tells the peak: what began it, and where that was a host's word
+        ahead of the call, the call itself."""
+        if self.lead is None:
+            return ()
+        calls = self.accepted - {self.lead}
+        return (self.lead, *calls) if self.lead[0] == HOST and len(calls) == 1 else (self.lead,)
 
     @property
     def info(self) -> ComponentInfo:

@@ -14,9 +14,8 @@ from .backend import Backend
 from .ledger import Ledger
 from .managed import Managed
 from .plan import sequential_plan, stream_plan
-from .policy import ResolvedPolicy
+from .policy import ResolvedPolicy, always_resident
 from .sizes import format_size
-from .stages import always_resident
 
 STEPS = ("evict", "shrink", "tile", "sequential")
 
@@ -36,6 +35,7 @@ class StepDown:
         self._components = components
         self._policy = policy
         self.tile: Callable[[str], bool] | None = None  # set by an adapter: switch a VAE to tiles, True if it did
+        self.ask_host: Callable[[int], int] | None = None  # what else is on the device: free at least so many bytes
 
     def take(self, managed: Managed) -> bool:
         """Take the next step for the stage of `managed`; False when there is none left, or the policy says stop."""
@@ -63,6 +63,8 @@ class StepDown:
             if other.name not in self._policy().never:
                 freed += other.engine.evict(None, "oom")
                 other.unplace()
+        if self.ask_host is not None:
+            freed += self.ask_host(managed.component.device_bytes + managed.reserved)
         return f"evicted {format_size(freed)} of other components" if freed else None
 
     def _shrink(self, managed: Managed) -> str | None:

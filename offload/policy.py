@@ -298,3 +298,8 @@ def _read_names(field: str, value: object) -> tuple[str, ...]:
         if entry.strip() and entry.strip() not in names:
             names.append(entry.strip())
     return tuple(names)
+
+
+def always_resident(policy: ResolvedPolicy) -> bool:
+    """Mode none by the user's word or the device's nature: no hook, no shadowed method, no decision."""
+    return policy.mode is OffloadMode.NONE and policy.sources["mode"] != "fit"

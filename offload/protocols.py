@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Protocol
 
 from .record import Reason
@@ -64,6 +65,8 @@ class Engine(Protocol):
     def bring_early(self, plan: Plan, room: int) -> int: ...
 
     def evict(self, nbytes: int | None, reason: Reason) -> int: ...
+
+    def drop(self, indexes: Iterable[int], reason: Reason) -> None: ...
 
     def forward(
         self, entry: str, timing: contextlib.AbstractContextManager[None] | None = None

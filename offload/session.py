@@ -24,10 +24,10 @@ from .managed import Managed
 from .oom import StepDown
 from .pinning import Pinner
 from .plan import full_plan
-from .policy import OffloadPolicy, ResolvedPolicy, Role, WorkingSet
+from .policy import OffloadPolicy, ResolvedPolicy, Role, WorkingSet, always_resident
 from .rates import rate_book, rates_for
 from .schedule import Rates
-from .stages import Stages, always_resident
+from .stages import Stages
 
 
 class Session:
@@ -194,9 +194,17 @@ class Session:
         with warnings.catch_warnings():
             if not warn or self._warned:  # once per policy, and when all components are there
                 warnings.simplefilter("ignore")
-            self.resolved = self._policy.resolve(self.machine, self._working_set())
+            self.resolved = self._as_resolved().resolve(self.machine, self._working_set())
         self._warned = self._warned or warn
         return self.resolved
+
+    def _as_resolved(self) -> OffloadPolicy:
+        """The policy as it is resolved; a host may keep more free than it says."""
+        return self._policy
+
+    def _is_under_policy(self, managed: Managed) -> bool:
+        """Whether the policy is this component's; in a host each may have its own."""
+        return True
 
     def _settle(self) -> None:
         """Bring hooks and entry points in line with the policy; mode none also loads everything, now."""
@@ -210,6 +218,8 @@ class Session:
             self._shadow_all()
             return
         for managed in self.components.values():
+            if not self._is_under_policy(managed):
+                continue
             if not self.ledger.active:
                 managed.entries.detach()
             self._load_whole(managed)
@@ -227,7 +237,10 @@ class Session:
 
     def _shadow_all(self) -> None:
         for managed in self.components.values():
-            managed.shadow(functools.partial(self._call, managed), functools.partial(self._convert, managed))
+            self._shadow(managed)
+
+    def _shadow(self, managed: Managed) -> None:
+        managed.shadow(functools.partial(self._call, managed), functools.partial(self._convert, managed))
 
     # ------------------------------------------------------------------ runs
     @contextlib.contextmanager

@@ -18,14 +18,13 @@ from .calibration import Costs
 from .ledger import Ledger
 from .managed import STICKY_SHARE, Managed, Planned
 from .plan import StagePlan, full_plan, grown_plan, sequential_plan, stream_plan
-from .policy import OffloadMode, ResolvedPolicy
+from .policy import OffloadMode, ResolvedPolicy, always_resident
 from .schedule import Rates
 
 GC_INTERVAL = 0.2  # seconds between two flushes of the allocator's cache
 HISTORY = 64
-# Shares by which steps have to become shorter: for other units to stay, and for more of them to.
-WORTH_MOVING = 0.05
-WORTH_LOADING = 0.003
+WORTH_MOVING = 0.05  # share by which steps have to become shorter for other units to stay
+WORTH_LOADING = 0.003  # and for more of them to
 
 
 class Stages:
@@ -83,14 +82,14 @@ class Stages:
         self._turn = frozenset()
         if active is None:
             return
-        peak = self.note_peak()
-        beside = active.engine.take_most_beside()  # weights too, though not the plan's residents
+        peak, beside = self.note_peak(), active.engine.take_most_beside()  # beside: weights, not the plan's residents
         self.note(active, beside)
         active.most_calls = max(active.most_calls, active.calls)
-        if active.placed and active.calls and active.lead is not None:
+        if active.placed and active.calls:
             grown = max(0, peak - self._base - beside)
             weights = sum(m.engine.device_bytes for m in self._components.values())
-            self.peaks.learn(active.name, active.lead, grown, max(grown, peak - weights - beside))
+            for sig in active.leads:
+                self.peaks.learn(active.name, sig, grown, max(grown, peak - weights - beside))
         self._history.append((active.name, active.calls))
         self._ledger.stage_end(peak)
 
@@ -172,18 +171,23 @@ class Stages:
 
     def _hand_over(self, managed: Managed, plan: StagePlan, activations: int) -> None:
         """Use the room that this stage leaves to bring up what the next one wants, as the last run had it."""
-        policy, order = self._policy, self._first_use
+        policy, follower = self._policy, self.follower(managed.name)
         assert policy is not None
-        if policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE) or policy.low_always or self._turn:
+        unwanted = policy.mode not in (OffloadMode.BALANCED, OffloadMode.NONE) or policy.low_always or self._turn
+        if unwanted or follower is None or follower.plan is None:
             return
-        later = order[order.index(managed.name) + 1 :]
-        follower = self._components.get(later[0]) if later else None
-        if follower is None or follower.plan is None or follower.running or follower.name in policy.always:
+        if follower.running or follower.name in policy.always:
             return
         now = self._backend.memory()
         room = self._have(now) - activations - plan.held_bytes - self._slack(now.total)
         if room > 0:
             follower.engine.bring_early(follower.plan, room)
+
+    def follower(self, name: str | None = None) -> Managed | None:
+        """The component that ran after `name` (the active one), in the order of first use."""
+        name, order = name or (self._active.name if self._active else ""), self._first_use
+        later = order[order.index(name) + 1 :] if name in order else []
+        return self._components.get(later[0]) if later else None
 
     def _slack(self, total: int) -> int:
         """Room beyond the figures. A run that fits by the fit rule fits here: one inequality, not two."""
@@ -237,17 +241,15 @@ class Stages:
         return plan
 
     def _without_evicting(self, managed: Managed, room: int, held: frozenset[int]) -> int:
-        """The room of a component that is called once in its stage.
-
-        To stream it copies each byte once, as to load it does; a byte that leaves for it is copied once more, when
-        its own turn comes. So it makes do with what is free, or with what it needs in order to stream (keep.py).
+        """The room of a component that is called once in its stage: to stream it copies each byte once, as to load it
+        does, and what leaves for it is copied once more. So it makes do with what is free, or what it needs to stream.
         """
         assert self._policy is not None
         least = sequential_plan(managed.component, held, self._policy.prefetch)
         return max(room, least.ring_bytes + least.held_bytes)
 
     def reconsider(self, managed: Managed, entry: str, sig: Signature) -> None:
-        """The times of its units are known by now: plan the running stage again, where that is worth the moves."""
+        """The times of its units are known by now: plan the running stage again, where it is worth the moves."""
         plan, policy = managed.plan, self._policy
         if self._active is not managed or not managed.placed or plan is None or policy is None or not plan.streams:
             return
@@ -260,7 +262,7 @@ class Stages:
         # what its forwards took is known as well, where the stage was set by a guess
         taken = max(0, self.note_peak() - self._base - managed.engine.most_beside)
         managed.plan = None  # else it would be kept for being there
-        better = self._plan(managed, entry, sig, taken if sig == managed.lead else managed.reserved, False)
+        better = self._plan(managed, entry, sig, taken if sig in managed.leads else managed.reserved, False)
         if better.streams and (better.step_s is None or better.step_s > (1 - WORTH_MOVING) * now.step_s):
             # nothing else would stream than does now, so that no other masters have to be page-locked
             better = grown_plan(managed.component, plan, better.device_bytes, managed.engine.order_of(entry))
@@ -364,9 +366,12 @@ class Stages:
         """Give cached blocks back to the driver where the policy's threshold says so, at most every 0.2 s."""
         assert self._policy is not None
         now = self._backend.memory()
-        used = now.total - now.free
         due = time.monotonic() - self._last_gc >= GC_INTERVAL
-        if due and now.reclaimable and used > self._policy.gc_threshold * max(1, self._policy.available):
+        if (
+            due
+            and now.reclaimable
+            and now.total - now.free > self._policy.gc_threshold * max(1, self._policy.available)
+        ):
             self._backend.empty_cache()
             self._last_gc = time.monotonic()
 
@@ -392,8 +397,3 @@ class Stages:
             self.high_crossings += len(over)
         self.note_peak()
         self._ledger.note_vram(self._backend.memory().allocated, sum(sizes.values()))
-
-
-def always_resident(policy: ResolvedPolicy) -> bool:
-    """Mode none by the user's word or the device's nature: no hook, no shadowed method, no decision."""
-    return policy.mode is OffloadMode.NONE and policy.sources["mode"] != "fit"

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
+from ..policy import always_resident
 from ..session import Session
-from ..stages import always_resident
 from ..units import ComponentError
 from .guards import ExecutionDevice
 from .parts import Part, has_data, tensors_of

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from ..ledger import RunRecord
-from ..policy import OffloadPolicy
+from ..policy import OffloadPolicy, always_resident
 from ..session import Session
-from ..stages import always_resident
 from ..summary import line
 from .attachments import attachments_of
 from .facts import NO_RUN, NOT_RECORDED, RunFacts, collect, unrecorded
