@@ -1,0 +1,348 @@
+"""Diffusers pipelines inside a host. Invariant: the files of a pipeline are read once, under whatever policy it is used.
+
+Its heavy models are components of the host's one session, and each stands in the host's own list of loaded models as a
+patcher, so that each side sees the other's bytes and can have them given back. What a node hands out is a light object
+with its policy; the models stay as long as one of those is alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import weakref
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..policy import OffloadPolicy
+from ..session import Session
+from . import comfyui_device, comfyui_host
+from .attachments import attachments_of
+from .comfyui_generate import Request, generate, variant_for
+from .comfyui_runs import runs
+from .guards import ExecutionDevice, check_part, check_pipeline, refusals
+from .loading import _variant_of as variant_of
+from .loading import load_pipeline
+from .parts import Part, modules_of, parts_of
+
+WORLD = "pipeline"
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+NOT_INSTALLED = (
+    "This node needs diffusers and transformers, which are not installed. Install them into the host's Python "
+    "(`python -m pip install diffusers transformers`) and start the host again; the other nodes work without them."
+)
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class DiffusersMissing(ImportError):
+    """diffusers or transformers is not installed."""
+
+
+def installed() -> bool:
+    """Whether pipelines can be loaded here; imports nothing."""
+    import importlib.util
+
+    return all(importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers"))
+
+
+# ---------------------------------------------------------------------- how the files are read
+def choose_dtype(choice: str, folder: Path, device: torch.device) -> torch.dtype | None:
+    """The type of all models. auto: the one that the largest file holds, where the host computes in it, else float32.
+
+    Raises:
+        ValueError: no such choice.
+    """
+    if choice not in DTYPES:
+        raise ValueError(f"dtype: got {choice!r}, allowed are {', '.join(DTYPES)}")
+    if choice != "auto":
+        return DTYPES[choice]
+    stored = _stored_dtype(folder)
+    if stored is None or stored is torch.float32:
+        return stored
+    mm = comfyui_host.model_management()
+    half = mm.should_use_bf16 if stored is torch.bfloat16 else mm.should_use_fp16
+    return stored if half(device) else torch.float32
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """What most elements of the largest weights file are."""
+    files = sorted(folder.glob("*/*.safetensors"), key=lambda file: file.stat().st_size)
+    if not files:
+        return None
+    counts: dict[str, int] = {}
+    try:
+        with files[-1].open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(length, 100 << 20)))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + last - first
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged: the load says so, and what to do
+    return _STORED.get(max(counts, key=lambda key: counts[key])) if counts else None
+
+
+def choose_variant(folder: Path, dtype: torch.dtype | None) -> str | None:
+    """The word in the file names (`model.fp16.safetensors`) to load by, None for the plain ones.
+
+    It is taken where some model has no other weights, and where it is the type that is asked for: half the reading.
+    """
+    words = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    models = [
+        {variant_of(file) for file in place.glob("*.safetensors")} for place in folder.iterdir() if place.is_dir()
+    ]
+    found = {word for words_of in models for word in words_of if word is not None}
+    wanted = words.get(dtype) if dtype is not None else None
+    if wanted in found:
+        return wanted
+    lacking = any(words_of and None not in words_of for words_of in models)
+    return min(found) if lacking else None
+
+
+# ---------------------------------------------------------------------- the models, read once
+class LoadedPipeline:
+    """A pipeline whose models are in memory and, while it is attached, components of the host's session."""
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.session: Session | None = None
+        self.patchers: dict[str, Any] = {}  # component -> what stands in the host's list
+        self.outputs: weakref.WeakSet[OffloadPipeline] = weakref.WeakSet()
+        self._kinds: dict[bool, Any] = {}  # with an image or without -> the pipeline that does it
+        self._policy: OffloadPolicy | None = None  # of the last run
+        self._undo = contextlib.ExitStack()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the session still has all of it: restoring the host's stock behaviour takes it from there."""
+        session = self.session
+        if session is None:
+            return False
+        managed = [session.components.get(name) for name in self.patchers]
+        return all(m is not None and m.module in self._modules for m in managed)
+
+    @property
+    def _modules(self) -> list[torch.nn.Module]:
+        return list(modules_of(self.pipe).values())
+
+    def attach(self, policy: OffloadPolicy) -> None:
+        """Make its models components of the host's session and patchers in the host's list. Again: nothing happens.
+
+        Raises:
+            ComponentError: (a ValueError) a model whose weights cannot be placed.
+            ValueError: another offloader holds it. Whatever is raised, it is as it was.
+        """
+        if self.attached:
+            return
+        self.detach()
+        check_pipeline(self.pipe)
+        parts = parts_of(self.pipe)
+        for part in parts:
+            check_part(part)
+        session = comfyui_device.open_device_session()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._forget)
+            self._attach(session, parts, policy, undo)
+            self._undo = undo.pop_all()
+        self.session = session
+
+    def _attach(self, session: Session, parts: list[Part], policy: OffloadPolicy, undo: contextlib.ExitStack) -> None:
+        shared = attachments_of(session)
+        for part in parts:
+            name = shared.add(session, part)
+            if name is None:  # a part of a component that is there already
+                continue
+            undo.callback(shared.drop, session, name)
+            patcher = comfyui_device.part_patcher(part.module, name, part.role, policy)
+            self.patchers[name] = patcher
+            undo.callback(_out_of_list, patcher)
+        device = session.backend.device
+        if device.type != "cpu":
+            for module in self._modules:
+                if "_hf_hook" not in module.__dict__:
+                    module.__dict__["_hf_hook"] = ExecutionDevice(device)
+                    undo.callback(module.__dict__.pop, "_hf_hook", None)
+        for key, value in refusals(self.pipe).items():
+            self.pipe.__dict__[key] = value
+            undo.callback(self.pipe.__dict__.pop, key, None)
+        _tile_when_short(session)
+
+    def _forget(self) -> None:
+        self.patchers = {}
+        self.session = None
+        self._policy = None
+
+    def detach(self) -> None:
+        """Give the models back: no component, no patcher in the host's list."""
+        undo, self._undo = self._undo, contextlib.ExitStack()
+        undo.close()
+        self._forget()
+
+    def adopt(self, policy: OffloadPolicy) -> None:
+        """Let its components go by `policy` from their next stage on."""
+        assert self.session is not None
+        shared = attachments_of(self.session)
+        for name in self.patchers:
+            self.session.components[name].policy = policy
+            if policy.vae_tiling == "on":
+                shared.tile(self.session, name)
+            elif policy != self._policy:  # tiles that a step down took stay until somebody asks for something else
+                shared.tiling.off(name)
+        self._policy = policy
+
+    def kind_for(self, request: Request) -> Any:
+        """The pipeline that does it: itself, or its image-to-image kind on the same modules."""
+        key = request.image is not None
+        if key not in self._kinds:
+            self._kinds[key] = variant_for(self.pipe, request)
+        return self._kinds[key]
+
+
+def _out_of_list(patcher: Any) -> None:
+    """Take a patcher from the host's list of loaded models, its weights off the device."""
+    loaded = comfyui_host.model_management().current_loaded_models
+    for entry in [entry for entry in loaded if entry.model is patcher]:
+        entry.model_unload()
+        loaded.remove(entry)
+
+
+class _Tile:
+    """The session's step down may tile the VAE of a pipeline; others are left to who was asked before."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._before = session.step_down.tile
+
+    def __call__(self, name: str) -> bool:
+        session = self._session()
+        if session is not None and attachments_of(session).tile(session, name):
+            return True
+        return self._before is not None and self._before(name)
+
+
+def _tile_when_short(session: Session) -> None:
+    if not isinstance(session.step_down.tile, _Tile):
+        session.step_down.tile = _Tile(session)
+
+
+# ---------------------------------------------------------------------- what a node hands out
+class OffloadPipeline:
+    """OFFLOAD_PIPELINE: a loaded pipeline and the policy to use it under. Light; two of them share the models."""
+
+    def __init__(self, loaded: LoadedPipeline, policy: OffloadPolicy) -> None:
+        self._loaded = loaded
+        self.policy = policy
+        loaded.outputs.add(self)
+
+    @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline, on whose instance the switches of other offloaders refuse."""
+        return self._loaded.pipe
+
+    @property
+    def name(self) -> str:
+        """The pipeline's name below the host's `diffusers` folders."""
+        return self._loaded.name
+
+    @property
+    def session(self) -> Session | None:
+        """What places its models: the host's one session, None once the host's stock behaviour was restored."""
+        return self._loaded.session
+
+    @property
+    def patchers(self) -> list[Any]:
+        """Its models in the host's list, in their order of use."""
+        return list(self._loaded.patchers.values())
+
+    @property
+    def patcher(self) -> Any:
+        """The largest of them, by which the host's cache knows that a model hangs on this output; None without any."""
+        return max(self.patchers, key=lambda patcher: patcher.model_size(), default=None)
+
+    def generate(self, request: Request) -> torch.Tensor:
+        """Pictures [B, H, W, C], float32 on the CPU, in 0..1.
+
+        Raises:
+            GenerateError: (a ValueError) an input that this pipeline cannot work with.
+            torch.OutOfMemoryError: the policy stops there, or there is no step left.
+            BaseException: the host's interrupt. After any of them the next call is as the first.
+        """
+        loaded = self._loaded
+        runs().touch(WORLD, self.policy)
+        loaded.attach(self.policy)
+        loaded.adopt(self.policy)
+        pipe = loaded.kind_for(request)
+        session = loaded.session
+        assert session is not None
+        peak, _ = session.stages.peaks.largest()
+        comfyui_host.model_management().load_models_gpu(self.patchers, memory_required=peak)
+        return generate(pipe, request, session.ledger)
+
+
+class _Key(NamedTuple):
+    folder: str
+    stamp: Hashable
+    dtype: torch.dtype | None
+    variant: str | None
+
+
+class PipelineStore:
+    """The loaded pipelines of this process. One whose outputs are all gone is dropped between two prompts."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[_Key, LoadedPipeline] = {}
+        self._listening = False
+
+    def open(
+        self, folder: Path, name: str, policy: OffloadPolicy, *, stamp: Hashable, dtype: str = "auto"
+    ) -> OffloadPipeline:
+        """The pipeline in `folder`; its files are read where nobody has read them as they are now, in this dtype.
+
+        Raises:
+            DiffusersMissing: (an ImportError) diffusers or transformers is not installed.
+            ModelFileError: (a ValueError) missing, truncated, pickled or foreign weights.
+            ValueError: see `LoadedPipeline.attach`.
+        """
+        if not installed():
+            raise DiffusersMissing(NOT_INSTALLED)
+        kind = choose_dtype(dtype, folder, comfyui_host.load_device())
+        variant = choose_variant(folder, kind)
+        key = _Key(str(folder.resolve()), stamp, kind, variant)
+        runs().touch(WORLD, policy)
+        if not self._listening:
+            runs().on_idle(self.drop_unused)
+            self._listening = True
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            self.drop_unused()
+            with torch.inference_mode(False):  # weights that other threads may place as well
+                loaded = LoadedPipeline(load_pipeline(folder, torch_dtype=kind, variant=variant), name)
+            loaded.attach(policy)
+            self._loaded[key] = loaded
+        return OffloadPipeline(loaded, policy)
+
+    def drop_unused(self) -> None:
+        """Give back each pipeline that no output refers to any more."""
+        unused = [key for key, loaded in self._loaded.items() if not loaded.outputs]
+        for key in unused:
+            self._loaded.pop(key).detach()
+        if unused:
+            gc.collect()  # pipelines refer to themselves in circles
+
+
+_STORE = PipelineStore()
+
+
+def pipelines() -> PipelineStore:
+    """The one store of this process."""
+    return _STORE
