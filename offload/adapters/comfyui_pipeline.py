@@ -1,4 +1,4 @@
-"""Diffusers pipelines inside a host. Invariant: the files of a pipeline are read once, under whatever policy it is used.
+"""Diffusers pipelines inside a host. Invariant: a pipeline's files are read once, whatever policy it is used under.
 
 Its heavy models are components of the host's one session, and each stands in the host's own list of loaded models as a
 patcher, so that each side sees the other's bytes and can have them given back. What a node hands out is a light object
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import weakref
 from collections.abc import Hashable
 from pathlib import Path
@@ -21,25 +20,18 @@ from ..policy import OffloadPolicy
 from ..session import Session
 from . import comfyui_device, comfyui_host
 from .attachments import attachments_of
+from .comfyui_folder import choose_dtype, choose_variant
 from .comfyui_generate import Request, generate, variant_for
 from .comfyui_runs import runs
 from .guards import ExecutionDevice, check_part, check_pipeline, refusals
-from .loading import _variant_of as variant_of
 from .loading import load_pipeline
 from .parts import Part, modules_of, parts_of
 
 WORLD = "pipeline"
-DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 NOT_INSTALLED = (
     "This node needs diffusers and transformers, which are not installed. Install them into the host's Python "
     "(`python -m pip install diffusers transformers`) and start the host again; the other nodes work without them."
 )
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class DiffusersMissing(ImportError):
@@ -51,61 +43,6 @@ def installed() -> bool:
     import importlib.util
 
     return all(importlib.util.find_spec(name) is not None for name in ("diffusers", "transformers"))
-
-
-# ---------------------------------------------------------------------- how the files are read
-def choose_dtype(choice: str, folder: Path, device: torch.device) -> torch.dtype | None:
-    """The type of all models. auto: the one that the largest file holds, where the host computes in it, else float32.
-
-    Raises:
-        ValueError: no such choice.
-    """
-    if choice not in DTYPES:
-        raise ValueError(f"dtype: got {choice!r}, allowed are {', '.join(DTYPES)}")
-    if choice != "auto":
-        return DTYPES[choice]
-    stored = _stored_dtype(folder)
-    if stored is None or stored is torch.float32:
-        return stored
-    mm = comfyui_host.model_management()
-    half = mm.should_use_bf16 if stored is torch.bfloat16 else mm.should_use_fp16
-    return stored if half(device) else torch.float32
-
-
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """What most elements of the largest weights file are."""
-    files = sorted(folder.glob("*/*.safetensors"), key=lambda file: file.stat().st_size)
-    if not files:
-        return None
-    counts: dict[str, int] = {}
-    try:
-        with files[-1].open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(min(length, 100 << 20)))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + last - first
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # damaged: the load says so, and what to do
-    return _STORED.get(max(counts, key=lambda key: counts[key])) if counts else None
-
-
-def choose_variant(folder: Path, dtype: torch.dtype | None) -> str | None:
-    """The word in the file names (`model.fp16.safetensors`) to load by, None for the plain ones.
-
-    It is taken where some model has no other weights, and where it is the type that is asked for: half the reading.
-    """
-    words = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    models = [
-        {variant_of(file) for file in place.glob("*.safetensors")} for place in folder.iterdir() if place.is_dir()
-    ]
-    found = {word for words_of in models for word in words_of if word is not None}
-    wanted = words.get(dtype) if dtype is not None else None
-    if wanted in found:
-        return wanted
-    lacking = any(words_of and None not in words_of for words_of in models)
-    return min(found) if lacking else None
 
 
 # ---------------------------------------------------------------------- the models, read once
