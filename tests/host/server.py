@@ -1,5 +1,4 @@
-"""Invariant: a host started here listens on loopback only, writes below its own temporary folder, and ends with the test.
-"""
+"""Invariant: a host started here listens on loopback only, writes below its own temporary folder, and ends with the test."""
 
 from __future__ import annotations
 

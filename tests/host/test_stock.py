@@ -22,9 +22,7 @@ def reference(management: ModuleType, models: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_stock_host_gives_the_same_on_either_device(
-    kind: str, reference: Any, sim_host: Any, models: Path
-) -> None:
+def test_the_stock_host_gives_the_same_on_either_device(kind: str, reference: Any, sim_host: Any, models: Path) -> None:
     model = load_model(models, kind)
     assert model.load_device == sim_host.device and model.offload_device.type == "cpu"
     sim_host.moved()
