@@ -1,0 +1,198 @@
+"""The host's weight patches (LoRA and its kin) on weights that come and go. Invariant: masters stay pristine.
+
+A patched weight that is resident was patched in its place on the device when it came up; one that streams is patched
+in each forward, by a function that the host's own layers call. Both compute what the host computes when it loads a model
+whole: the same operations, in the same precision, from the same pristine weight. So results are equal to the bit, and
+to switch a LoRA moves the touched weights at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..hosting import HostSession
+from ..managed import Managed
+from . import comfyui_host as host
+
+
+class Site(NamedTuple):
+    """Where a patch applies: `module.<param>`, named `key` in the host's words."""
+
+    module: nn.Module
+    param: str
+    key: str
+
+
+class WeightPatch:
+    """A function for the host's layers: the patched weight, in the dtype and on the device of what it is given."""
+
+    def __init__(self, site: Site, patches: list[Any]) -> None:
+        self.site = site
+        self.patches = patches
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.patched().to(weight.dtype)
+
+    def patched(self) -> torch.Tensor:
+        """The weight as the host would have it after a full load. Starts from the parameter itself: what a layer was
+        given may have been cast already, and would round differently."""
+        import comfy.float
+        import comfy.lora
+
+        pristine = getattr(self.site.module, self.site.param)
+        work = pristine.detach().to(dtype=host.lora_dtype(pristine.device), copy=True)
+        out = comfy.lora.calculate_weight(self.patches, work, self.site.key)
+        return comfy.float.stochastic_rounding(out, pristine.dtype, seed=_seed(self.site.key))
+
+
+class Patches:
+    """The weight patches of one module that a session manages."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, WeightPatch] = {}
+        self._fixed: dict[str, tuple[Site, list[Any], torch.Tensor]] = {}  # no layer would call a function for them
+        self._in_place: set[str] = set()  # keys whose weight is patched on the device now
+        self._wrappers: dict[str, list[Any]] = {}
+        self._managed: Managed | None = None
+        self._component: Any = None
+        self._unit_of: dict[int, int] = {}
+
+    def install(self, patcher: Any, session: HostSession, managed: Managed) -> None:
+        """Make the patches of `patcher` the ones that count. What they do not touch stays where it is."""
+        self._managed = managed
+        wanted = {key: list(patches) for key, patches in patcher.patches.items()}
+        gone = [key for key in self._live if not _same(self._live[key].patches, wanted.get(key))]
+        fixed = [key for key in self._fixed if not _same(self._fixed[key][1], wanted.get(key))]
+        new = [key for key in wanted if (key not in self._live and key not in self._fixed) or key in (*gone, *fixed)]
+        self._restore_fixed(fixed)
+        sites = {key: site for key in new if (site := _site(patcher.model, key)) is not None}
+        self._drop_units(session, managed, [*(self._live[key].site for key in gone), *sites.values()])
+        for key in gone:
+            del self._live[key]
+            self._in_place.discard(key)
+        for key, site in sites.items():
+            if hasattr(site.module, f"{site.param}_function"):
+                self._live[key] = WeightPatch(site, wanted[key])
+            else:
+                self._fix(site, wanted[key])
+        if sites.keys() & self._fixed.keys() or fixed:
+            session.refresh(managed.name)
+        self._wrappers = {key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()}
+        self._write_functions(patcher.model, {*gone, *self._live, *self._wrappers})
+        self.placed()
+
+    def remove(self) -> None:
+        """Take every patch off; the weights are pristine in RAM, and nothing is on the device."""
+        functions = {key: patch.site for key, patch in self._live.items()}
+        self._live.clear()
+        self._in_place.clear()
+        self._wrappers = {}
+        for site in functions.values():
+            setattr(site.module, f"{site.param}_function", [])
+        self._restore_fixed(list(self._fixed))
+        self._managed = None
+
+    # ------------------------------------------------------------------ on the device
+    def placed(self) -> None:
+        """Weights have come to the device or left it: patch in place what is there, by a function what streams."""
+        managed = self._managed
+        if managed is None or not self._live:
+            return
+        loaded = managed.engine.loaded
+        for key, patch in self._live.items():
+            there = self._unit(managed, patch.site.module) in loaded
+            if there and key not in self._in_place:
+                self._patch_in_place(key, patch)
+            elif not there and key in self._in_place:
+                self._in_place.discard(key)
+                self._write(patch.site)
+
+    def _patch_in_place(self, key: str, patch: WeightPatch) -> None:
+        if hasattr(patch.site.module, f"set_{patch.site.param}"):
+            return  # a format with rules of its own: its layer applies the function
+        try:
+            with torch.no_grad():
+                out = patch.patched()
+                weight = getattr(patch.site.module, patch.site.param)
+                if out.shape != weight.shape:
+                    return  # a patch that changes the layer's shape
+                weight.data.copy_(out)  # through .data: nobody takes it for an edit to be kept
+        except torch.OutOfMemoryError:
+            return  # no room to compute it now: the function does it in each forward
+        self._in_place.add(key)
+        self._write(patch.site)
+
+    def _unit(self, managed: Managed, module: nn.Module) -> int | None:
+        if self._component is not managed.component:
+            self._component = managed.component
+            self._unit_of = {id(unit.module): unit.index for unit in managed.component.units}
+        return self._unit_of.get(id(module))
+
+    def _drop_units(self, session: HostSession, managed: Managed, sites: Iterable[Site]) -> None:
+        units = {unit for site in sites if (unit := self._unit(managed, site.module)) is not None}
+        if units:
+            session.reload(managed.name, units)
+
+    # ------------------------------------------------------------------ functions
+    def _write_functions(self, model: nn.Module, keys: Iterable[str]) -> None:
+        for key in keys:
+            site = _site(model, key)
+            if site is not None:
+                self._write(site)
+
+    def _write(self, site: Site) -> None:
+        """What the host's layer calls on this weight: our patch where it streams, then the wrappers of others."""
+        patch = self._live.get(site.key)
+        functions: list[Any] = [] if patch is None or site.key in self._in_place else [patch]
+        setattr(site.module, f"{site.param}_function", functions + self._wrappers.get(site.key, []))
+
+    # ------------------------------------------------------------------ parameters outside layers
+    def _fix(self, site: Site, patches: list[Any]) -> None:
+        """A parameter that no layer casts is patched in RAM, once; the pristine one is kept."""
+        pristine = getattr(site.module, site.param).detach().clone()
+        with torch.no_grad():
+            out = WeightPatch(site, patches).patched()
+        setattr(site.module, site.param, nn.Parameter(out, requires_grad=False))
+        self._fixed[site.key] = (site, patches, pristine)
+
+    def _restore_fixed(self, keys: Iterable[str]) -> None:
+        for key in list(keys):
+            site, _, pristine = self._fixed.pop(key)
+            setattr(site.module, site.param, nn.Parameter(pristine, requires_grad=False))
+
+
+def _site(model: nn.Module, key: str) -> Site | None:
+    path, _, param = key.rpartition(".")
+    module: Any = model
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
+    return (
+        Site(module, param, key) if isinstance(module, nn.Module) and getattr(module, param, None) is not None else None
+    )
+
+
+def _same(old: list[Any], new: list[Any] | None) -> bool:
+    """Whether two lists of patches hold the same things: the host makes a new list for each clone."""
+    if new is None or len(old) != len(new):
+        return False
+    return all(_same_patch(a, b) for a, b in zip(old, new, strict=True))
+
+
+def _same_patch(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_same_patch(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (bool, int, float, str, type(None))):
+        return type(a) is type(b) and a == b
+    return a is b
+
+
+def _seed(key: str) -> int:
+    import comfy.model_patcher
+    import comfy.utils
+
+    found = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+    return int(found(key))
