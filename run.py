@@ -5,6 +5,11 @@
 
 The set-up is a virtual environment in `.venv`. torch is installed first and then pinned by a constraint, so that
 nothing that follows can replace it. BALANCED_OFFLOAD_TORCH names another torch, in pip's words ("torch==2.9.1").
+
+Where there is a ComfyUI (COMFYUI_PATH, and an older one in COMFYUI_PATH_OLD; else the folder above `custom_nodes`, else
+~/comfy/ComfyUI), its tests run once for each, in a process and an environment of their own: `.venv-host` is `.venv` and
+the host's requirements (BALANCED_OFFLOAD_HOST_PYTHON names a Python that has all of them already). Without one they
+are skipped, and the last line says so.
 Standard library only: it runs before anything is installed.
 """
 
@@ -20,18 +25,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
+VENV_HOST = ROOT / ".venv-host"
 # The simulated accelerator is built against this torch; with another one the demo may have to use the plain CPU.
 TORCH = "torch==2.13.0"
 TORCH_FALLBACK = "torch>=2.7"
 EXTRAS = {"demo": "demo", "test": "dev"}
+HOST_TESTS = "tests/host"
+HOST_EXTRA = "host"
+NOTHING_RAN = 5
+"""pytest's exit code when the arguments selected no test."""
 
 
 def say(text: str) -> None:
     print(f"run.py: {text}", file=sys.stderr, flush=True)
 
 
+def python_in(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
 def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return python_in(VENV)
 
 
 def make_venv() -> None:
@@ -99,6 +113,93 @@ def run(*command: str) -> int:
     return subprocess.run([str(venv_python()), "-m", *command], cwd=ROOT).returncode
 
 
+# ---------------------------------------------------------------------- the host's tests
+def hosts() -> tuple[list[Path], str]:
+    """The ComfyUI checkouts to test against, and a sentence: where the first was found, or why there is none."""
+    spec = importlib.util.spec_from_file_location("host_places", Path(__file__).parent / HOST_TESTS / "hosts.py")
+    assert spec is not None and spec.loader is not None
+    places = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(places)
+    found: tuple[list[Path], str] = places.all_hosts(ROOT, os.environ, Path.home())
+    return found
+
+
+def site_packages(environment: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    found = subprocess.run([str(python_in(environment)), "-c", code], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())
+
+
+def vision_and_audio(torch: str) -> list[str]:
+    """The releases that belong to a torch version; installed alone, since both would ask for their own torch."""
+    minor = int(torch.split("+")[0].split(".")[1])
+    return [f"torchvision==0.{minor + 15}.*", f"torchaudio<2.{minor + 1}"]
+
+
+def set_up_host() -> Path | None:
+    """The Python that has the host's requirements; makes `.venv-host` if it is not as pyproject.toml asks.
+
+    None if something could not be installed; pip has said what.
+    """
+    named = os.environ.get("BALANCED_OFFLOAD_HOST_PYTHON")
+    if named:
+        return Path(named)
+    python, stamp = python_in(VENV_HOST), VENV_HOST / "set-up.txt"
+    key = (VENV / f"set-up-{EXTRAS['test']}.txt").read_text() + (torch_version() or "")
+    if stamp.is_file() and stamp.read_text() == key and python.exists():
+        return python
+    say(f"making a virtual environment in {VENV_HOST.name}, with what ComfyUI needs")
+    subprocess.run([str(venv_python()), "-m", "venv", "--clear", "--without-pip", str(VENV_HOST)], check=True)
+    (site_packages(VENV_HOST) / "parent.pth").write_text(f"{site_packages(VENV)}\n")
+    install = [str(python), "-m", "pip", "install", "-q", "-c", str(VENV / "constraints.txt")]
+    for wanted in (["--no-deps", *vision_and_audio(torch_version() or "")], ["-e", f".[{HOST_EXTRA}]"]):
+        if subprocess.run([*install, *wanted], cwd=ROOT).returncode != 0:
+            return None
+    stamp.write_text(key)
+    return python
+
+
+def run_host_tests(host: Path, python: Path, arguments: list[str]) -> int:
+    """The tests of `tests/host` against one host; 0 as well where the arguments select none of them."""
+    environment = {**os.environ, "COMFYUI_PATH": str(host)}
+    command = [str(python), "-m", "pytest", HOST_TESTS, "-n", "2", "--dist", "loadfile", *arguments]
+    say(f"COMFYUI_PATH={host} pytest {' '.join(command[3:])}")
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    return 0 if arguments and code == NOTHING_RAN else code
+
+
+def name_files(arguments: list[str]) -> bool:
+    return any(not word.startswith("-") and (ROOT / word.split("::")[0]).exists() for word in arguments)
+
+
+def test(arguments: list[str]) -> int:
+    """Every check, one failure hiding no other; what became of the host's tests is in the last line."""
+    found, reason = hosts()
+    apart = bool(found) and not name_files(arguments)
+    told = VENV / "host-tests.txt"  # tests/conftest.py writes a line into it
+    told.unlink(missing_ok=True)
+    os.environ["BALANCED_OFFLOAD_HOST_TESTS_TOLD"] = str(told)
+    results = {
+        "ruff check": run("ruff", "check", "."),
+        "ruff format": run("ruff", "format", "--check", "."),
+        "mypy": run("mypy"),
+        "pytest": run("pytest", "-n", "2", *([f"--ignore={HOST_TESTS}"] if apart else []), *arguments),
+    }
+    python = set_up_host() if apart else None
+    if apart and python is None:
+        results["set-up for ComfyUI"] = 1
+    if python is not None:
+        results |= {f"pytest with {host.name}": run_host_tests(host, python, arguments) for host in found}
+    for name, code in results.items():
+        say(f"{name}: {'ok' if code == 0 else f'FAILED (exit code {code})'}")
+    say(
+        ", ".join(told.read_text(encoding="utf-8").splitlines())
+        if told.is_file()
+        else f"host tests: none ran; {reason}"
+    )
+    return int(any(results.values()))
+
+
 def main(arguments: list[str]) -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 - this file is run by whatever Python is there
         sys.exit(f"run.py: Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
@@ -109,15 +210,7 @@ def main(arguments: list[str]) -> int:
     set_up(command)
     if command == "demo":
         return run("balanced_offload", "demo", *rest)
-    results = {
-        "ruff check": run("ruff", "check", "."),
-        "ruff format": run("ruff", "format", "--check", "."),
-        "mypy": run("mypy"),
-        "pytest": run("pytest", "-n", "2", *rest),
-    }
-    for name, code in results.items():
-        say(f"{name}: {'ok' if code == 0 else f'FAILED (exit code {code})'}")
-    return int(any(results.values()))
+    return test(rest)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "balanced_offload"
+HOST_TESTS = "tests/host/"
+TOLD = "BALANCED_OFFLOAD_HOST_TESTS_TOLD"
+"""Names a file that gets the line about the host's tests too; run.py ends with it."""
 SIM_CAP = 8 << 30
 """Bytes of simulated VRAM that a test starts with."""
 _PASSED = pytest.StashKey[bool]()
@@ -43,6 +46,32 @@ def _register_checkout() -> None:
 
 if PACKAGE not in sys.modules:
     _register_checkout()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line says what became of the tests that need a ComfyUI: how many ran, how many did not, and why."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    counts: dict[str, int] = {}
+    reasons: set[str] = set()
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        ours = [report for report in reporter.stats.get(outcome, []) if report.nodeid.startswith(HOST_TESTS)]
+        counts[outcome] = len(ours)
+        if outcome == "skipped":
+            reasons = {str(report.longrepr[2]).removeprefix("Skipped: ") for report in ours}
+    if not any(counts.values()):
+        return
+    named = Path(os.environ.get("COMFYUI_PATH", "")).name
+    line = f"host tests{f' ({named})' if named else ''}: " + ", ".join(
+        f"{count} {outcome}" for outcome, count in counts.items() if count
+    )
+    if reasons:
+        line += f" ({'; '.join(sorted(reasons))})"
+    reporter.write_line(line)
+    if os.environ.get(TOLD):
+        with Path(os.environ[TOLD]).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 @pytest.fixture(scope="session")

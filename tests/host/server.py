@@ -1,4 +1,7 @@
-"""Invariant: a host started here listens on loopback only, writes below its own temporary folder, and ends with the test."""
+"""Invariant: a host started here listens on loopback only, writes below its own folder, and ends with the test.
+
+One process and a small client; no more of the host is known here than its command line and its API.
+"""
 
 from __future__ import annotations
 

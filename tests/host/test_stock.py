@@ -1,4 +1,4 @@
-"""Invariant: what the other tests compare with is right: the stock host, on the CPU and on the simulated accelerator."""
+"""Invariant: what other tests compare with is right: the stock host, on the CPU and on the simulated accelerator."""
 
 from __future__ import annotations
 

@@ -38,6 +38,12 @@ def test_extras_exist(project: dict) -> None:
     assert "nvidia-ml-py" in extras["nvidia"]
 
 
+def test_the_hosts_extra_leaves_torch_alone(project: dict) -> None:
+    names = {Requirement(text).name for text in project["optional-dependencies"]["host"]}
+    assert {"aiohttp", "torchsde", "requests", "comfyui-frontend-package", "comfy-aimdo"} <= names
+    assert not names & {"torch", "torchvision", "torchaudio"}, "run.py installs the two without their dependencies"
+
+
 def test_licence_is_the_full_apache_text(root: Path, project: dict) -> None:
     text = (root / "LICENSE").read_text(encoding="utf-8")
     assert project["license"] == "Apache-2.0"
@@ -50,6 +56,8 @@ def test_run_py_installs_only_extras_that_exist(root: Path, project: dict) -> No
     (found,) = re.findall(r"^EXTRAS = \{(.*)\}$", source, flags=re.MULTILINE)
     installed = re.findall(r': "(\w+)"', found)
     assert installed == ["demo", "dev"]
+    installed += re.findall(r'^HOST_EXTRA = "(\w+)"$', source, flags=re.MULTILINE)
+    assert installed[-1] == "host"
     assert set(installed) <= set(project["optional-dependencies"])
 
 

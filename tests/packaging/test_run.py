@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,21 +119,93 @@ def test_no_torch_ends_with_a_sentence(script: ModuleType, monkeypatch: pytest.M
     assert not list(script.VENV.glob("set-up-*.txt"))
 
 
+class Ran:
+    """`run.py test` with every process left out: what it would have run, and the exit codes that it got."""
+
+    def __init__(self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, hosts: list[Path], **codes: int) -> None:
+        self.commands: list[tuple[str, ...]] = []
+        self.with_host: list[tuple[str, tuple[str, ...]]] = []
+        self.codes = codes
+        script.VENV.mkdir(exist_ok=True)
+        reason = "~/comfy/ComfyUI is there" if hosts else "no ComfyUI found: nowhere"
+        monkeypatch.setattr(script, "set_up", lambda command: None)
+        monkeypatch.setattr(script, "hosts", lambda: (hosts, reason))
+        monkeypatch.setattr(script, "set_up_host", lambda: None if codes.get("pip") else script.ROOT / "python")
+        monkeypatch.setattr(script, "run", self.run)
+        monkeypatch.setattr(script, "run_host_tests", self.run_host_tests)
+
+    def run(self, *command: str) -> int:
+        self.commands.append(command)
+        return self.codes.get(command[0], 0)
+
+    def run_host_tests(self, host: Path, python: Path, arguments: list[str]) -> int:
+        self.with_host.append((host.name, tuple(arguments)))
+        return self.codes.get("host", 0)
+
+
 def test_a_failing_check_fails_the_command(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran: list[tuple[str, ...]] = []
+    ran = Ran(script, monkeypatch, [], mypy=1)
+    assert script.main(["test", "-k", "policy"]) == 1
+    assert [command[0] for command in ran.commands] == ["ruff", "ruff", "mypy", "pytest"], "one failure hides no other"
+    assert ran.commands[-1][-2:] == ("-k", "policy")
+    assert "mypy: FAILED (exit code 1)" in capsys.readouterr().err
+
+
+def test_every_host_gets_its_own_run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(script, monkeypatch, [Path("new"), Path("old")])
+    assert script.main(["test", "-k", "policy"]) == 0
+    assert ran.with_host == [("new", ("-k", "policy")), ("old", ("-k", "policy"))]
+    assert "--ignore=tests/host" in ran.commands[-1], "they do not run beside other tests"
+    assert "pytest with old: ok" in capsys.readouterr().err
+
+
+def test_a_host_that_fails_fails_the_command(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ran(script, monkeypatch, [Path("new")], host=1)
+    assert script.main(["test"]) == 1
+    Ran(script, monkeypatch, [Path("new")], pip=1)
+    assert script.main(["test"]) == 1, "an environment that cannot be made is no reason to pass"
+
+
+def test_without_a_host_the_last_line_says_so(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(script, monkeypatch, [])
+    assert script.main(["test"]) == 0
+    assert ran.with_host == [] and "--ignore=tests/host" not in ran.commands[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "run.py: host tests: none ran; no ComfyUI found: nowhere"
+
+
+def test_the_last_line_is_what_pytest_told(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(script, monkeypatch, [])
 
     def run(*command: str) -> int:
-        ran.append(command)
-        return int(command[0] == "mypy")
+        if command[0] == "pytest":
+            Path(os.environ["BALANCED_OFFLOAD_HOST_TESTS_TOLD"]).write_text("host tests: 7 skipped (none)\n")
+        return ran.run(*command)
 
-    monkeypatch.setattr(script, "set_up", lambda command: None)
     monkeypatch.setattr(script, "run", run)
-    assert script.main(["test", "-k", "policy"]) == 1
-    assert [command[0] for command in ran] == ["ruff", "ruff", "mypy", "pytest"], "one failure hides no other"
-    assert ran[-1][-2:] == ("-k", "policy")
-    assert "mypy: FAILED (exit code 1)" in capsys.readouterr().err
+    monkeypatch.setenv("BALANCED_OFFLOAD_HOST_TESTS_TOLD", "")  # given back after the test
+    script.main(["test"])
+    assert capsys.readouterr().err.splitlines()[-1] == "run.py: host tests: 7 skipped (none)"
+
+
+def test_named_files_run_in_one_process(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (script.ROOT / "tests").mkdir()
+    ran = Ran(script, monkeypatch, [Path("new")])
+    script.main(["test", "tests::test_x", "-x"])
+    assert ran.with_host == [] and ran.commands[-1][-2:] == ("tests::test_x", "-x")
+
+
+def test_vision_and_audio_belong_to_the_torch(script: ModuleType) -> None:
+    assert script.vision_and_audio("2.13.0+cpu") == ["torchvision==0.28.*", "torchaudio<2.14"]
+    assert script.vision_and_audio("2.7.1") == ["torchvision==0.22.*", "torchaudio<2.8"]
 
 
 def test_an_unknown_command_prints_the_help(root: Path) -> None:

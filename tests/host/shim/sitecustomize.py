@@ -1,4 +1,4 @@
-"""Invariant: on a CPU build of torch, torchvision and torchaudio import without their compiled parts; elsewhere nothing.
+"""Invariant: on a CPU build of torch, torchvision and torchaudio import without compiled parts; elsewhere nothing.
 
 What package registries offer of both is built for CUDA: their libraries cannot be opened beside a CPU torch, and then
 `import torchvision` ends in "operator torchvision::nms does not exist", `import torchaudio` in an OSError. A ComfyUI
