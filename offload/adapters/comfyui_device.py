@@ -245,7 +245,10 @@ class FreedHere:
 
 
 def free_to_fit(need: int | None) -> FreedHere:
-    """Free what is missing to `need` bytes on the host's device, and say what stays. None: what the next stage wants."""
+    """Free what is missing to `need` bytes on the host's device, and say what stays.
+
+    None asks for what the next stage wants.
+    """
     if host.load_device().type == "cpu":
         return FreedHere(need or 0, 0, (), "This host computes on the CPU: there is no VRAM to free.")
     sweep()
@@ -258,14 +261,8 @@ def free_to_fit(need: int | None) -> FreedHere:
     have = done.have + freed
     kept = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in done.kept) or "nothing of this pack"
     asked = "the next stage needs" if need is None else "asked for"
-    if not freed and have >= done.need:
-        sentence = (
-            f"Nothing had to go: {asked} {format_size(done.need)}, {format_size(done.have)} are free. Kept: {kept}."
-        )
-    else:
-        sentence = (
-            f"Freed {format_size(freed)}: {asked} {format_size(done.need)}, {format_size(have)} are free. Kept: {kept}."
-        )
+    what = f"Freed {format_size(freed)}" if freed or have < done.need else "Nothing had to go"
+    sentence = f"{what}: {asked} {format_size(done.need)}, {format_size(have)} are free. Kept: {kept}."
     if have < done.need:
         sentence += f" {format_size(done.need - have)} are missing: other programs hold the rest."
     return FreedHere(done.need, freed, done.kept, sentence)

@@ -1,4 +1,4 @@
-"""The host's model patcher, with residency by our session. Invariant: where it cannot keep its promise it is the host's.
+"""The host's model patcher, placed by our session. Invariant: where it cannot keep its promise it is the host's own.
 
 Needs a host: `comfy` is imported here. The host keeps its list, its LoRA and object patches, its callbacks; we decide
 which weights are on the device, and move them by pointer swap: masters stay in RAM, evicting copies nothing.
@@ -189,7 +189,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
 
 
 class PartPatcher(OffloadModelPatcher):
-    """A heavy part of a pipeline in the host's list. The pipeline's own calls place it; the host counts and evicts it."""
+    """A heavy part of a pipeline in the host's list: its own calls place it, the host counts and evicts it."""
 
     @classmethod
     def of(cls, hosted: Hosted, _: Any = None) -> PartPatcher:  # type: ignore[override]
