@@ -194,7 +194,8 @@ def pictures(output: Any, kind: str) -> torch.Tensor:
 def _stacked(found: Any) -> torch.Tensor:
     """Tensors (channels first), arrays (channels last) or PIL images as one tensor, channels last."""
     if isinstance(found, torch.Tensor):
-        return found.to("cpu", torch.float32).movedim(-3, -1)
+        plain = found.to("cpu", torch.float32)
+        return plain.movedim(-3, -1) if plain.ndim >= 3 else plain
     if isinstance(found, (list, tuple)):
         return torch.stack([_stacked(item) for item in found])
     import numpy

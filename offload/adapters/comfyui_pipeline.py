@@ -61,63 +61,58 @@ class LoadedPipeline:
 
     @property
     def attached(self) -> bool:
-        """Whether the session still has all of it: restoring the host's stock behaviour takes it from there."""
-        session = self.session
-        if session is None:
-            return False
-        managed = [session.components.get(name) for name in self.patchers]
-        return all(m is not None and m.module in self._modules for m in managed)
-
-    @property
-    def _modules(self) -> list[torch.nn.Module]:
-        return list(modules_of(self.pipe).values())
+        """Whether the session has all of it: restoring the host's stock behaviour takes it from there."""
+        return self.session is not None and all(p.hosted.managed is not None for p in self.patchers.values())
 
     def attach(self, policy: OffloadPolicy) -> None:
-        """Make its models components of the host's session and patchers in the host's list. Again: nothing happens.
+        """Make its models components of the host's session, each with a patcher for the host's list, under `policy`.
 
         Raises:
             ComponentError: (a ValueError) a model whose weights cannot be placed.
             ValueError: another offloader holds it. Whatever is raised, it is as it was.
         """
-        if self.attached:
-            return
-        self.detach()
-        check_pipeline(self.pipe)
-        parts = parts_of(self.pipe)
-        for part in parts:
-            check_part(part)
-        session = comfyui_device.open_device_session()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._forget)
-            self._attach(session, parts, policy, undo)
-            self._undo = undo.pop_all()
-        self.session = session
+        if not self.attached:
+            self.detach()
+            check_pipeline(self.pipe)
+            parts = parts_of(self.pipe)
+            for part in parts:
+                check_part(part)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._forget)
+                self._take(parts, policy, undo)
+                self._undo = undo.pop_all()
+        self._adopt(policy)
 
-    def _attach(self, session: Session, parts: list[Part], policy: OffloadPolicy, undo: contextlib.ExitStack) -> None:
-        shared = attachments_of(session)
+    def _take(self, parts: list[Part], policy: OffloadPolicy, undo: contextlib.ExitStack) -> None:
+        session = self.session = comfyui_device.open_device_session()
         for part in parts:
-            name = shared.add(session, part)
-            if name is None:  # a part of a component that is there already
-                continue
-            undo.callback(shared.drop, session, name)
-            patcher = comfyui_device.part_patcher(part.module, name, part.role, policy)
-            self.patchers[name] = patcher
-            undo.callback(_out_of_list, patcher)
+            patcher = comfyui_device.part_patcher(part.module, part.name, part.role, policy)
+            undo.callback(_give_back, patcher)
+            patcher.hosted.entries = part.entries
+            patcher.hosted.attach()
+            self.patchers[patcher.hosted.name] = patcher
         device = session.backend.device
-        if device.type != "cpu":
-            for module in self._modules:
-                if "_hf_hook" not in module.__dict__:
-                    module.__dict__["_hf_hook"] = ExecutionDevice(device)
-                    undo.callback(module.__dict__.pop, "_hf_hook", None)
+        for module in modules_of(self.pipe).values():
+            if device.type != "cpu" and "_hf_hook" not in module.__dict__:
+                module.__dict__["_hf_hook"] = ExecutionDevice(device)
+                undo.callback(module.__dict__.pop, "_hf_hook", None)
         for key, value in refusals(self.pipe).items():
             self.pipe.__dict__[key] = value
             undo.callback(self.pipe.__dict__.pop, key, None)
         _tile_when_short(session)
 
-    def _forget(self) -> None:
-        self.patchers = {}
-        self.session = None
-        self._policy = None
+    def _adopt(self, policy: OffloadPolicy) -> None:
+        """Its components go by `policy` from their next stage on."""
+        assert self.session is not None
+        shared = attachments_of(self.session)
+        for name, patcher in self.patchers.items():
+            patcher.policy = patcher.hosted.policy = policy
+            patcher.hosted.attach()
+            if policy.vae_tiling == "on":
+                shared.tile(self.session, name)
+            elif policy != self._policy:  # tiles that a step down took stay until somebody asks for something else
+                shared.tiling.off(name)
+        self._policy = policy
 
     def detach(self) -> None:
         """Give the models back: no component, no patcher in the host's list."""
@@ -125,17 +120,11 @@ class LoadedPipeline:
         undo.close()
         self._forget()
 
-    def adopt(self, policy: OffloadPolicy) -> None:
-        """Let its components go by `policy` from their next stage on."""
-        assert self.session is not None
-        shared = attachments_of(self.session)
-        for name in self.patchers:
-            self.session.components[name].policy = policy
-            if policy.vae_tiling == "on":
-                shared.tile(self.session, name)
-            elif policy != self._policy:  # tiles that a step down took stay until somebody asks for something else
-                shared.tiling.off(name)
-        self._policy = policy
+    def _forget(self) -> None:
+        if self.session is not None:
+            for name in self.patchers:
+                attachments_of(self.session).tiling.off(name)
+        self.patchers, self.session, self._policy = {}, None, None
 
     def kind_for(self, request: Request) -> Any:
         """The pipeline that does it: itself, or its image-to-image kind on the same modules."""
@@ -145,12 +134,13 @@ class LoadedPipeline:
         return self._kinds[key]
 
 
-def _out_of_list(patcher: Any) -> None:
-    """Take a patcher from the host's list of loaded models, its weights off the device."""
+def _give_back(patcher: Any) -> None:
+    """Take a patcher from the host's list of loaded models, and its module from the session, as it was."""
     loaded = comfyui_host.model_management().current_loaded_models
     for entry in [entry for entry in loaded if entry.model is patcher]:
         entry.model_unload()
         loaded.remove(entry)
+    patcher.hosted.release()
 
 
 class _Tile:
@@ -217,10 +207,11 @@ class OffloadPipeline:
         loaded = self._loaded
         runs().touch(WORLD, self.policy)
         loaded.attach(self.policy)
-        loaded.adopt(self.policy)
         pipe = loaded.kind_for(request)
         session = loaded.session
         assert session is not None
+        for name in loaded.patchers:
+            comfyui_device.used_in_this_run(name)
         peak, _ = session.stages.peaks.largest()
         comfyui_host.model_management().load_models_gpu(self.patchers, memory_required=peak)
         return generate(pipe, request, session.ledger)
