@@ -1,0 +1,406 @@
+"""One recorded run per prompt of the host. Invariant: whatever a prompt does, its run is closed once, with the host's
+own word on how it ended, and nothing of ours outlives it.
+
+A run opens with the first `touch` (a patcher's load, a node of ours, or the host's first node where we only observe)
+and closes on the worker thread when the prompt's loop ends (comfyui_runs_host.py); where that cannot be had, by the
+watcher or by the next prompt's first touch. Errors are known once the prompt is in /history: the watcher amends then.
+
+Locks, in this order: the queue's, then `lock`. The ledger is driven by the worker alone; the watcher only reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from time import perf_counter
+from typing import Any
+
+from ..policy import OffloadPolicy
+from ..session import Session
+from . import comfyui_host
+from . import comfyui_runs_host as host
+from .comfyui_run import Run
+from .comfyui_runs_live import snapshot
+from .comfyui_runs_report import RunReport
+from .comfyui_store import ReportStore, write
+
+OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
+HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
+STORE_ROWS = 2000
+LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
+
+_log = logging.getLogger(__name__)
+
+
+class PromptRuns:
+    """The runs of this process; any thread, except that `touch` and `note` are the worker's.
+
+    Args:
+        session: the session of the host's device, None where nothing was attached; asked anew whenever it matters.
+    """
+
+    def __init__(self, session: Callable[[], Session | None] | None = None, store: ReportStore | None = None) -> None:
+        self.lock = threading.RLock()
+        self.store = store or ReportStore()
+        self._session = session or _device_session
+        self._run: Run | None = None
+        self._unsettled: list[Run] = []  # ended; the host has not said how, or the file is not written
+        self._pending_notes: list[tuple[str, str]] = []
+        self._on_close: list[Callable[[dict[str, Any]], None]] = []
+        self._on_idle: list[Callable[[], None]] = []
+        self._on_sample: list[Callable[[dict[str, Any]], None]] = []
+        self._live: dict[str, Any] = snapshot(None)
+        self._expected = False  # a prompt was queued: look for it
+        self._restored = False
+        self._wake = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    # ------------------------------------------------------------------ what patchers and nodes call
+    def touch(self, world: str, policy: OffloadPolicy | None = None) -> None:
+        """The executing prompt uses us, in this world: its run opens, and the one before it closes. Cheap when open."""
+        prompt_id = comfyui_host.executing().prompt_id
+        run = self._run
+        if run is not None and run.prompt_id == prompt_id and run.knows(world, policy):
+            return
+        if prompt_id is not None:
+            self._touch(prompt_id, world, policy)
+
+    def note(self, kind: str, text: str) -> None:
+        """A notice that belongs into the report of the executing prompt; before its run opens it waits for it."""
+        prompt_id = comfyui_host.executing().prompt_id
+        run = self._run
+        if run is not None and not run.closed and prompt_id in (None, run.prompt_id):
+            run.note(kind, text)
+        elif len(self._pending_notes) < 20:
+            self._pending_notes.append((kind, text))
+
+    def show(self, node: str | None = None) -> dict[str, Any]:
+        """The executing prompt's record as known now, for its `ui`. It is completed in place when the prompt ends.
+
+        Raises:
+            RuntimeError: outside of a prompt.
+        """
+        self.touch("observe")
+        with self.lock:
+            run = self._run
+            if run is None or run.prompt_id != comfyui_host.executing().prompt_id:
+                raise RuntimeError("VRAM Report: no prompt of the host executes on this thread, so there is no run.")
+            run.wants_file = True
+            record = run.now().report(cap=HISTORY_ROWS)
+            run.shown.append(record)
+            return record
+
+    def ask_file(self) -> None:
+        """The executing prompt has a node that reports: its file is written even if that node is never reached."""
+        self.touch("observe")
+        run = self._run
+        if run is not None and run.prompt_id == comfyui_host.executing().prompt_id:
+            run.wants_file = True
+
+    # ------------------------------------------------------------------ what routes and tests read
+    def report(self, prompt_id: str) -> dict[str, Any] | None:
+        """The report of a prompt, one that still runs included (`ended` false); None where nothing is known of it."""
+        run = self._of(prompt_id)
+        if run is None:
+            return self.store.get(prompt_id)
+        with run.lock:
+            found = run.result
+            return (run.now() if found is None else found).report(cap=STORE_ROWS)
+
+    def recent(self, limit: int = 20) -> list[dict[str, Any]]:
+        """The reports of the last prompts, the newest first."""
+        found = []
+        for prompt_id in self.ids(limit):
+            report = self.report(prompt_id)
+            if report is not None:
+                found.append(report)
+        return found
+
+    def ids(self, limit: int) -> list[str]:
+        """Ids of the last prompts that have a report, the newest first."""
+        with self.lock:
+            ended = [run.prompt_id for run in reversed(self._unsettled)]
+        return list(dict.fromkeys([*ended, *self.store.recent(limit)]))[:limit]
+
+    def live(self) -> dict[str, Any]:
+        """The telemetry of now, as the watcher last took it: asks the device for nothing."""
+        return self._live
+
+    def _of(self, prompt_id: str) -> Run | None:
+        with self.lock:
+            runs = [*self._unsettled, *([self._run] if self._run is not None else [])]
+        return next((run for run in runs if run.prompt_id == prompt_id), None)
+
+    # ------------------------------------------------------------------ who wants to be told
+    def on_close(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """Call with the report whenever a prompt's is final. On the watcher's thread."""
+        self._on_close.append(callback)
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call about once a second while no prompt executes, under the queue's lock, on the watcher's thread."""
+        if callback not in self._on_idle:
+            self._on_idle.append(callback)
+
+    def on_sample(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """Call with `live()` ten times a second while a run is open, on the watcher's thread."""
+        self._on_sample.append(callback)
+
+    def expect(self) -> None:
+        """A prompt was queued. Where none of our nodes is in it, it is observed all the same."""
+        self._expected = True
+        self._watch()
+
+    # ------------------------------------------------------------------ opening
+    def _touch(self, prompt_id: str, world: str, policy: OffloadPolicy | None) -> None:
+        entered = perf_counter()
+        with self.lock:
+            before, run = self._run, self._run
+        if before is not None and before.prompt_id != prompt_id:
+            self._close(before)
+            run = None
+        if run is None:
+            run = self._open(prompt_id)
+        elif run.closed:
+            return  # its loop has ended: what runs now is nobody's
+        run.add(world, policy, self._session())
+        run.overhead_s += perf_counter() - entered
+
+    def _open(self, prompt_id: str) -> Run:
+        run = Run(prompt_id, self._session() or self._soon(prompt_id))
+        with self.lock:
+            notes, self._pending_notes = self._pending_notes, []
+            self._run = run
+        for kind, text in notes:
+            run.note(kind, text)
+        host.watch_nodes(prompt_id, run.track)
+        run.track.met_before()
+        run.hooked = host.at_prompt_end(lambda: self._close(run))
+        self._restore(run)
+        self._watch()
+        return run
+
+    def _soon(self, prompt_id: str) -> Session | None:
+        """The session that a loader of this prompt is about to make, now: so that the run is recorded from its start.
+
+        Where the host pages its models itself, most prompts never make one.
+        """
+        if comfyui_host.dynamic_vram() or not LOADERS & host.node_types(prompt_id):
+            return None
+        module = _device_module()
+        with _logged("opening the device"):
+            made: Session | None = None if module is None else module.open_device_session()
+            return made
+        return None
+
+    def _restore(self, run: Run) -> None:
+        """The setting "Restore stock behaviour", looked at once per prompt."""
+        wanted = host.stock_wanted()
+        if wanted and not self._restored:
+            module = _device_module()
+            if module is not None:
+                module.restore_stock()
+            run.note("stock", f'"Restore stock behaviour" is on ({host.RESTORE}): everything was detached.')
+        self._restored = wanted
+
+    # ------------------------------------------------------------------ closing
+    def _close(self, run: Run) -> None:
+        """The prompt is over: take its figures, and complete what was shown of it."""
+        run.finish()  # waits for the device, so before any lock
+        with host.queue_lock(), self.lock:
+            if run.closed:
+                return
+            run.closed = True
+            if self._run is run:
+                self._run = None
+            self._unsettled.append(run)
+            run.amend(host.ending(run.prompt_id))
+            self._complete(run)
+        self._live = snapshot(None, self._live)
+        self._watch()
+
+    def _complete(self, run: Run) -> None:
+        """What is in /history becomes what is known now. One `update` of a plain dict: a reader sees all or nothing."""
+        result = run.result
+        if result is None or not run.shown:
+            return
+        entered = perf_counter()
+        made = result.report(cap=HISTORY_ROWS)
+        run.spent(perf_counter() - entered)
+        made["overhead_ms"] += (perf_counter() - entered) * 1e3
+        for record in run.shown:
+            record.update(made)
+
+    def _settle(self, run: Run) -> bool:
+        """The host's word on the end, the file, and everybody who wants to know; False while the host is silent."""
+        with host.queue_lock(), self.lock:
+            ending = host.ending(run.prompt_id)
+            if ending is None and run.prompt_id in host.running():
+                return False
+            if run.amend(ending):
+                self._complete(run)
+        result = run.result
+        assert result is not None
+        self._publish(run, result)
+        return True
+
+    def _publish(self, run: Run, result: RunReport) -> None:
+        if run.wants_file and not run.written:
+            self._write(run, result)
+            result = run.result or result
+        report = result.report(cap=STORE_ROWS)
+        self.store.put(run.prompt_id, report)
+        with self.lock:
+            self._unsettled.remove(run)
+        for callback in self._on_close:
+            with _logged("a report's receiver"):
+                callback({**report, "client_id": run.client_id})
+
+    def _write(self, run: Run, result: RunReport) -> None:
+        """The file, from the watcher's thread: a slow disk must not hold the next prompt."""
+        failed = write(result.report(full=True), host.output_folder(), run.file["filename"])
+        run.written = True
+        if failed is not None:
+            with host.queue_lock(), self.lock:
+                run.no_file(failed)
+                self._complete(run)
+            _log.warning("Balanced Offload: %s was not written: %s", run.file["filename"], failed)
+
+    # ------------------------------------------------------------------ the watcher
+    def _watch(self) -> None:
+        with self.lock:
+            if self._watcher is None or not self._watcher.is_alive():
+                self._watcher = threading.Thread(target=self._look, name="balanced-offload-runs", daemon=True)
+                self._watcher.start()
+        self._wake.set()
+
+    def _look(self) -> None:
+        sampled = idled = 0.0
+        while True:
+            with _logged("the watcher"):
+                now = perf_counter()
+                run = self._run
+                if run is not None and now - sampled >= SAMPLE_S:
+                    sampled = now
+                    self._sample(run)
+                self._ended(run)
+                for done in list(self._unsettled):
+                    self._settle(done)
+                if self._expected:
+                    self._meet()
+                if self._run is None and now - idled >= IDLE_S:
+                    idled = now
+                    self._idle()
+            self._wake.wait(self._pause())
+            self._wake.clear()
+
+    def _pause(self) -> float | None:
+        if self._run is not None or self._unsettled or self._expected:
+            return OPEN_S
+        return IDLE_S if self._on_idle or _holding() else None
+
+    def _ended(self, run: Run | None) -> None:
+        """A run whose end was told by nobody: its prompt does not execute any more."""
+        if run is None or (host.queue() is None and run.hooked):
+            return
+        with host.queue_lock():
+            if run.prompt_id in host.running():
+                return
+            self._close(run)
+
+    def _sample(self, run: Run) -> None:
+        self._live = snapshot(run, self._live)
+        for callback in self._on_sample:
+            with _logged("a telemetry receiver"):
+                callback(self._live)
+
+    def _meet(self) -> None:
+        """Have the progress registry tell us of a prompt that none of our nodes has touched."""
+        with host.queue_lock():
+            prompts = host.running()
+            self._expected = bool(prompts) or host.busy()
+        for prompt_id in prompts:
+            if self._of(prompt_id) is None:
+                found = host.registry(prompt_id)
+                if found is not None and "webui" in getattr(found, "handlers", {}):  # the host has set it up
+                    host.watch_nodes(prompt_id, _Opener(self, prompt_id))
+
+    def _idle(self) -> None:
+        with host.queue_lock():
+            if host.running():
+                return
+            for callback in self._on_idle:
+                with _logged("housekeeping"):
+                    callback()
+
+
+class _Opener:
+    """Opens the run of a stock prompt with its first node that is told; from then on it is the run's own watch."""
+
+    def __init__(self, runs: PromptRuns, prompt_id: str) -> None:
+        self._runs, self._prompt_id = runs, prompt_id
+
+    def started(self, node_id: str, prompt_id: str) -> None:
+        if (run := self._open()) is not None:
+            run.track.started(node_id, prompt_id)
+
+    def progressed(self, node_id: str, value: float, most: float) -> None:
+        if (run := self._open()) is not None:
+            run.track.progressed(node_id, value, most)
+
+    def finished(self, node_id: str) -> None:
+        if (run := self._open()) is not None:
+            run.track.finished(node_id)
+
+    def _open(self) -> Run | None:
+        run = self._runs._run
+        if run is None or run.prompt_id != self._prompt_id:
+            self._runs._touch(self._prompt_id, "observe", None)
+            run = self._runs._run
+        return run if run is not None and run.prompt_id == self._prompt_id else None
+
+
+# ---------------------------------------------------------------------- the one of this process
+_lock = threading.Lock()
+_runs: PromptRuns | None = None
+
+
+def runs() -> PromptRuns:
+    """The runs of this process."""
+    global _runs
+    if _runs is None:
+        with _lock:
+            if _runs is None:
+                _runs = PromptRuns()
+    return _runs
+
+
+def _device_module() -> Any:
+    with contextlib.suppress(ImportError):
+        return import_module(".comfyui_device", __package__)
+    return None
+
+
+def _device_session() -> Session | None:
+    module = _device_module()
+    found: Session | None = None if module is None else module.device_session()
+    return found
+
+
+def _holding() -> bool:
+    """Whether anything of the host's is held by us."""
+    module = _device_module()
+    with contextlib.suppress(Exception):
+        return module is not None and bool(module.hosted())
+    return False
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Any:
+    """Nothing that watches may end a prompt, or the watcher."""
+    try:
+        yield
+    except Exception:
+        _log.warning("Balanced Offload: %s failed", what, exc_info=True)

@@ -1,0 +1,203 @@
+"""The nodes of one prompt on the run's time line. Invariant: a node's times are marks of the ledger, like everything
+else in the report, so that a virtual clock stays one clock.
+
+Called on the thread that executes the prompt, which is the ledger's. A node that samples, encodes or decodes gives its
+time to that category; what a session measures inside it (onload, stall, evict) takes precedence there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from ..ledger import Category, Ledger, RunRecord
+from ..record import CATEGORIES
+from . import comfyui_runs_host as host
+
+MOST = 5000  # nodes that are kept; a graph that expands without end must not fill the memory
+
+_SAMPLERS = ("KSampler", "SamplerCustom")
+_ONLOAD, _STALL, _EVICT = (CATEGORIES.index(name) for name in ("onload", "stall", "evict"))
+
+
+def category_of(node_type: str | None) -> Category:
+    """What a node's time counts as, by its class name; "other" for everything that runs no model."""
+    name = node_type or ""
+    if name.startswith(_SAMPLERS):
+        return "denoise"
+    if name.startswith("VAEDecode"):
+        return "decode"
+    return "encode" if "TextEncode" in name or name.startswith("VAEEncode") else "other"
+
+
+@dataclass
+class NodeRow:
+    """One node. Marks are numbers on the ledger's time line, -1 where there is none."""
+
+    id: str
+    type: str | None
+    first_mark: int = -1
+    last_mark: int = -1
+    cached: bool | None = None
+
+
+class NodeTrack:
+    """Watches one prompt. `node`, `step` and `steps` say where it is now; reading them takes no lock."""
+
+    def __init__(self, prompt_id: str, ledger: Ledger) -> None:
+        self.prompt_id = prompt_id
+        self.node: str | None = None
+        self.step: int | None = None
+        self.steps: int | None = None
+        self.step_s: float | None = None
+        self.stall_s: float | None = None
+        self.overhead_s = 0.0  # host seconds spent in here, the ledger's own not among them
+        self.calls = 0
+        self.rows: dict[str, NodeRow] = {}
+        self._begun: set[str] = set()
+        self._stepped: float | None = None
+        self._stalled = 0.0
+        self.follow(ledger)
+
+    def follow(self, ledger: Ledger) -> None:
+        """Put marks on this ledger's open run from now on; what was marked in another is not known there."""
+        self._ledger, self._run = ledger, ledger._run
+        for row in self.rows.values():
+            row.first_mark = row.last_mark = -1
+
+    def met_before(self) -> None:
+        """Take over the nodes that the prompt met before it was watched: when they ran is not known."""
+        for node_id, state in host.node_states(self.prompt_id).items():
+            if state == "pending" or node_id in self.rows:
+                continue
+            row = self._row(node_id)
+            if state == "running":
+                self._begun.add(node_id)
+                row.cached, self.node = False, node_id
+                row.first_mark = self._stamp(category_of(row.type))
+
+    # ------------------------------------------------------------------ told by the host
+    def started(self, node_id: str, prompt_id: str) -> None:
+        """A node begins; one that was suspended begins again."""
+        entered, ledgers = perf_counter(), self._ledger.overhead_s
+        row = self._row(node_id)
+        row.cached = False
+        mark = self._stamp(category_of(row.type))
+        if node_id not in self._begun:
+            self._begun.add(node_id)
+            row.first_mark = mark
+        self.node, self.step, self.steps, self._stepped = node_id, None, None, None
+        self._account(entered, ledgers)
+
+    def progressed(self, node_id: str, value: float, most: float) -> None:
+        """A node says how far it is; for samplers these are steps."""
+        entered = perf_counter()
+        marks = self._ledger._record.marks
+        stalled = marks.stalled[-1] if len(marks.stalled) else 0.0
+        if self._stepped is not None and self.step is not None and value > self.step:
+            self.step_s = (entered - self._stepped) / (value - self.step)
+            self.stall_s = max(0.0, stalled - self._stalled) / (value - self.step)
+        self.node, self.step, self.steps = node_id, int(value), int(most)
+        self._stepped, self._stalled = entered, stalled
+        self._account(entered, self._ledger.overhead_s)
+
+    def finished(self, node_id: str) -> None:
+        """A node is done; one that never began was cached."""
+        entered, ledgers = perf_counter(), self._ledger.overhead_s
+        row = self._row(node_id)
+        if node_id in self._begun:
+            self._begun.discard(node_id)
+            row.last_mark = self._stamp("other")
+        elif row.cached is None and row.last_mark < 0:
+            row.cached = True
+            row.first_mark = row.last_mark = self._stamp("other")
+        if self.node == node_id:
+            self.node = None
+        self._account(entered, ledgers)
+
+    def _account(self, entered: float, ledgers: float) -> None:
+        self.calls += 1
+        self.overhead_s += perf_counter() - entered - (self._ledger.overhead_s - ledgers)
+
+    def _row(self, node_id: str) -> NodeRow:
+        row = self.rows.get(node_id)
+        if row is None:
+            row = NodeRow(node_id, host.node_type(self.prompt_id, node_id))
+            if len(self.rows) < MOST:
+                self.rows[node_id] = row
+        return row
+
+    def _stamp(self, category: Category) -> int:
+        """Begin `category` with a mark of its own; its number, -1 where the run is not the one that we follow."""
+        ledger = self._ledger
+        if not ledger.active or ledger._run != self._run:
+            return -1
+        before = len(ledger._marks.code)
+        ledger.begin(category)
+        return before if len(ledger._marks.code) > before else ledger._mark()
+
+    # ------------------------------------------------------------------ for the report
+    @property
+    def unfinished(self) -> str | None:
+        """The node in which the prompt is, or in which it ended: one that began and did not finish."""
+        return next((node_id for node_id in reversed(self.rows) if node_id in self._begun), None)
+
+    def table(self, record: RunRecord, *, moves_known: bool) -> list[dict[str, Any]]:
+        """The report's `nodes`. moves_known: the session's moves are all there were."""
+        return [self._entry(row, record, moves_known) for row in self.rows.values()]
+
+    def _entry(self, row: NodeRow, record: RunRecord, moves_known: bool) -> dict[str, Any]:
+        t0, t1 = record.time_of(row.first_mark), record.time_of(row.last_mark)
+        if t1 is None and t0 is not None:
+            t1 = record.wall_s  # it ended with the run
+        seconds: tuple[float | None, ...] = (None, None, None)
+        if moves_known and t0 is not None and record.clock_error is None:
+            seconds = _moved(record, row.first_mark, row.last_mark)
+        return {
+            "id": row.id,
+            "type": row.type or "?",
+            "t0": t0,
+            "t1": t1,
+            "peak": None if t0 is None or t1 is None or row.cached else _peak(record, row, t0, t1),
+            "onload_s": seconds[0],
+            "stall_s": seconds[1],
+            "evict_s": seconds[2],
+            "cached": row.cached,
+        }
+
+
+def _moved(record: RunRecord, first: int, last: int) -> tuple[float, ...]:
+    """Seconds of onload, stall and evict from one mark to another."""
+    marks = record.marks
+    sums = dict.fromkeys((_ONLOAD, _STALL, _EVICT), 0.0)
+    end = len(marks.t) - 1 if last < 0 else min(last, len(marks.t) - 1)
+    for i in range(first, end):
+        if marks.code[i] in sums:
+            sums[marks.code[i]] += marks.t[i + 1] - marks.t[i]
+    return tuple(sums.values())
+
+
+def _peak(record: RunRecord, row: NodeRow, t0: float, t1: float) -> int | None:
+    """The most bytes seen while the node ran: at moves, and by the allocator over the stages that lay within it."""
+    last = row.last_mark if row.last_mark >= 0 else len(record.marks.code)
+    seen = [record.vram_allocated[i] for i, at in enumerate(record.vram_at) if row.first_mark <= at <= last]
+    seen += [
+        stage.peak
+        for stage in record.stages
+        if stage.peak is not None and stage.t0 is not None and t0 <= stage.t0 <= t1
+    ]
+    return max(seen, default=None)
+
+
+def place_steps(steps: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> None:
+    """Say of each step in which node it was."""
+    timed = sorted((node["t0"], node["t1"], node["id"]) for node in nodes if None not in (node["t0"], node["t1"]))
+    starts = [t0 for t0, _, _ in timed]
+    for step in steps:
+        if step.get("t0") is None:
+            continue
+        i = bisect_right(starts, step["t0"]) - 1
+        if i >= 0 and step["t0"] <= timed[i][1]:
+            step["node"] = timed[i][2]
