@@ -41,7 +41,8 @@ class Run:
         self.policy: OffloadPolicy | None = None
         self.notes: list[tuple[str, str]] = []
         self.notice: str | None = None
-        self.shown: list[dict[str, Any]] = []  # records in /history
+        self.shown: list[tuple[str | None, dict[str, Any]]] = []  # (node, its record in /history)
+        self.made: dict[str, Any] = {}  # what the records in /history were completed with
         self.wants_file = self.written = False
         self.file: dict[str, Any] = {"filename": file_name(prompt_id), "subfolder": "", "type": "output"}
         self.hooked = self.closed = False

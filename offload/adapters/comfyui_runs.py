@@ -24,7 +24,7 @@ from . import comfyui_host
 from . import comfyui_runs_host as host
 from .comfyui_run import Run
 from .comfyui_runs_live import snapshot
-from .comfyui_runs_report import RunReport
+from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ReportStore, write
 
 OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
@@ -45,7 +45,7 @@ class PromptRuns:
     def __init__(self, session: Callable[[], Session | None] | None = None, store: ReportStore | None = None) -> None:
         self.lock = threading.RLock()
         self.store = store or ReportStore()
-        self._session = session or _device_session
+        self._session = session or device_session
         self._run: Run | None = None
         self._unsettled: list[Run] = []  # ended; the host has not said how, or the file is not written
         self._pending_notes: list[tuple[str, str]] = []
@@ -90,7 +90,7 @@ class PromptRuns:
                 raise RuntimeError("VRAM Report: no prompt of the host executes on this thread, so there is no run.")
             run.wants_file = True
             record = run.now().report(cap=HISTORY_ROWS)
-            run.shown.append(record)
+            run.shown.append((node, record))
             return record
 
     def ask_file(self) -> None:
@@ -191,7 +191,7 @@ class PromptRuns:
             return None
         module = _device_module()
         with _logged("opening the device"):
-            made: Session | None = None if module is None else module.open_device_session()
+            made: Session | None = None if module is None else module.opendevice_session()
             return made
         return None
 
@@ -228,9 +228,11 @@ class PromptRuns:
             return
         entered = perf_counter()
         made = result.report(cap=HISTORY_ROWS)
-        run.spent(perf_counter() - entered)
-        made["overhead_ms"] += (perf_counter() - entered) * 1e3
-        for record in run.shown:
+        if not run.made:  # what it cost on the prompt's own time
+            run.spent(perf_counter() - entered)
+            made["overhead_ms"] += (perf_counter() - entered) * 1e3
+        run.made = made
+        for _, record in run.shown:
             record.update(made)
 
     def _settle(self, run: Run) -> bool:
@@ -241,6 +243,9 @@ class PromptRuns:
                 return False
             if run.amend(ending):
                 self._complete(run)
+            for node, record in run.shown:  # a text is no object that can be completed, so it is put in its place
+                if node is not None:
+                    host.rewrite_text(run.prompt_id, node, text_of(record))
         result = run.result
         assert result is not None
         self._publish(run, result)
@@ -383,7 +388,8 @@ def _device_module() -> Any:
     return None
 
 
-def _device_session() -> Session | None:
+def device_session() -> Session | None:
+    """The session of the host's device, None where nothing was attached yet."""
     module = _device_module()
     found: Session | None = None if module is None else module.device_session()
     return found

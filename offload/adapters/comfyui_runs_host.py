@@ -102,6 +102,15 @@ def ending(prompt_id: str) -> Ending | None:
     return read_status(status if isinstance(status, dict) else {})
 
 
+def rewrite_text(prompt_id: str, node_id: str, text: str) -> bool:
+    """Put `text` in place of what a node said in /history while its prompt still ran. Under `queue_lock`."""
+    with contextlib.suppress(Exception):
+        shown = queue().history[prompt_id]["outputs"][node_id]["text"]
+        shown[:] = [text] * len(shown)
+        return True
+    return False
+
+
 def read_status(status: dict[str, Any]) -> Ending:
     """The `status` of a /history entry: {status_str, completed, messages [(event, data)]}."""
     for event, data in reversed([tuple(message) for message in status.get("messages") or () if len(message) == 2]):

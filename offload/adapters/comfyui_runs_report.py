@@ -19,6 +19,7 @@ from ..ledger import CATEGORIES, RunRecord
 from ..policy import Machine, OffloadPolicy
 from ..report import _nulls, build_report, derive_verdict
 from ..session import Session
+from ..summary import TEXT_MAX, report_text
 from . import comfyui_host
 from .comfyui_runs_host import Ending, partly_loaded
 from .comfyui_runs_nodes import place_steps
@@ -158,7 +159,7 @@ def take(
 ) -> RunReport:
     """The figures now. session: the one that recorded the run, None where the host's models are only watched."""
     met = set(worlds)
-    found = tuple(world for world in WORLDS if world in met) or ("observe",)
+    found = tuple(world for world in WORLDS if world in met and world != "observe") or ("observe",)
     ours = found[0] in OURS and session is not None
     machine = session.machine if session is not None else machine_of(backend)
     resolved = _resolved(session, policy) if ours else _meant(policy)
@@ -278,3 +279,21 @@ def _meant(policy: OffloadPolicy | None) -> dict[str, Any]:
     else:
         sentence = f"{mode}, as far as the host's own paging can do it."
     return {"mode": mode, "sources": {} if policy is None else {"mode": "user"}, "sentence": sentence}
+
+
+def text_of(report: Mapping[str, Any]) -> str:
+    """What happened, for people, in at most 1,024 characters: the summary, the world, what should be known of it."""
+    lines = report_text(report).split("\n")
+    if not report["ended"]:
+        lines[0] = f"So far, before the prompt's end: {lines[0]}"
+    told = [report["notice"]]
+    file = report.get("file") or {}
+    if file.get("error"):
+        told.append(f"{file['filename']} was not written: {file['error']}")
+    told += [event["text"] for event in report["events"] if event["kind"] in _TOLD]
+    lines[1:1] = [text if len(text) <= 180 else text[:177] + "..." for text in told[:4]]
+    text = "\n".join(lines)
+    return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
+
+
+_TOLD = ("policy", "foreign", "stock", "late")
