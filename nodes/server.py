@@ -1,7 +1,7 @@
-"""Invariant: a route only reads, and what it reads is in memory: no path comes from a request, no handler asks a device.
+"""Invariant: a route only reads, and only memory: no path comes from a request, no handler asks a device.
 
-`/offload/status`, `/offload/runs?limit=` and `/offload/report/{prompt_id}`, each below `/api` too, as the host does with
-all its routes. `prompt_id` is looked up in the store of reports and goes nowhere else. Needs no host to be imported.
+`/offload/status`, `/offload/runs?limit=` and `/offload/report/{prompt_id}`, each below `/api` too, as the host does
+with all its routes. `prompt_id` is looked up in the store of reports and goes nowhere else. Imports without a host.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Telemetry:
 
     def closed(self, report: dict[str, Any]) -> None:
         """Send `offload.report` to the client that queued the prompt and to those that asked for telemetry."""
-        told = {report.get("client_id"), *self.clients()} - {None}
+        told = {str(name) for name in (report.get("client_id"), *self.clients()) if name is not None}
         message = {"prompt_id": report["prompt_id"], "verdict": report["verdict"], "text": text_of(report)}
         for name in sorted(told):
             self._send("offload.report", message, name)

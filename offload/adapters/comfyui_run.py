@@ -111,9 +111,9 @@ class Run:
         if self.open:
             self.ledger.event(kind, text)
 
-    def now(self) -> RunReport:
-        """The figures so far."""
-        return self._take(so_far(self.ledger._record), ended=False)
+    def now(self, *, ask: bool = True) -> RunReport:
+        """The figures so far. ask: the device too; only on the thread that drives it."""
+        return self._take(so_far(self.ledger._record), ended=False, ask=ask)
 
     # ------------------------------------------------------------------ its end
     def finish(self) -> None:
@@ -166,7 +166,7 @@ class Run:
             if self.result is not None:
                 self.result = dataclasses.replace(self.result, file=dict(self.file))
 
-    def _take(self, record: RunRecord, *, ended: bool) -> RunReport:
+    def _take(self, record: RunRecord, *, ended: bool, ask: bool = True) -> RunReport:
         return take(
             record,
             self.worlds,
@@ -179,6 +179,7 @@ class Run:
             others_start=self.others_start,
             file=dict(self.file) if self.wants_file else None,
             ended=ended,
+            ask=ask,
         )
 
     @property

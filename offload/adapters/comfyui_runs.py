@@ -24,6 +24,7 @@ from . import comfyui_host
 from . import comfyui_runs_host as host
 from .comfyui_run import Run
 from .comfyui_runs_live import snapshot
+from .comfyui_runs_nodes import NodeTrack, Opener
 from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ReportStore, write
 
@@ -108,7 +109,7 @@ class PromptRuns:
             return self.store.get(prompt_id)
         with run.lock:
             found = run.result
-            return (run.now() if found is None else found).report(cap=STORE_ROWS)
+            return (run.now(ask=False) if found is None else found).report(cap=STORE_ROWS)
 
     def recent(self, limit: int = 20) -> list[dict[str, Any]]:
         """The reports of the last prompts, the newest first."""
@@ -330,7 +331,15 @@ class PromptRuns:
             if self._of(prompt_id) is None:
                 found = host.registry(prompt_id)
                 if found is not None and "webui" in getattr(found, "handlers", {}):  # the host has set it up
-                    host.watch_nodes(prompt_id, _Opener(self, prompt_id))
+                    host.watch_nodes(prompt_id, Opener(prompt_id, self._observe))
+
+    def _observe(self, prompt_id: str) -> NodeTrack | None:
+        """The track of a prompt that was met by its nodes alone. On the worker's thread."""
+        run = self._run
+        if run is None or run.prompt_id != prompt_id:
+            self._touch(prompt_id, "observe", None)
+            run = self._run
+        return run.track if run is not None and run.prompt_id == prompt_id else None
 
     def _idle(self) -> None:
         with host.queue_lock():
@@ -339,32 +348,6 @@ class PromptRuns:
             for callback in self._on_idle:
                 with _logged("housekeeping"):
                     callback()
-
-
-class _Opener:
-    """Opens the run of a stock prompt with its first node that is told; from then on it is the run's own watch."""
-
-    def __init__(self, runs: PromptRuns, prompt_id: str) -> None:
-        self._runs, self._prompt_id = runs, prompt_id
-
-    def started(self, node_id: str, prompt_id: str) -> None:
-        if (run := self._open()) is not None:
-            run.track.started(node_id, prompt_id)
-
-    def progressed(self, node_id: str, value: float, most: float) -> None:
-        if (run := self._open()) is not None:
-            run.track.progressed(node_id, value, most)
-
-    def finished(self, node_id: str) -> None:
-        if (run := self._open()) is not None:
-            run.track.finished(node_id)
-
-    def _open(self) -> Run | None:
-        run = self._runs._run
-        if run is None or run.prompt_id != self._prompt_id:
-            self._runs._touch(self._prompt_id, "observe", None)
-            run = self._runs._run
-        return run if run is not None and run.prompt_id == self._prompt_id else None
 
 
 # ---------------------------------------------------------------------- the one of this process

@@ -8,6 +8,7 @@ time to that category; what a session measures inside it (onload, stall, evict) 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -166,6 +167,25 @@ class NodeTrack:
             "evict_s": seconds[2],
             "cached": row.cached,
         }
+
+
+class Opener:
+    """Stands in for a track until the first node is told, on the worker's thread: `open` gives the track then."""
+
+    def __init__(self, prompt_id: str, open: Callable[[str], NodeTrack | None]) -> None:
+        self._prompt_id, self._open = prompt_id, open
+
+    def started(self, node_id: str, prompt_id: str) -> None:
+        if (track := self._open(self._prompt_id)) is not None:
+            track.started(node_id, prompt_id)
+
+    def progressed(self, node_id: str, value: float, most: float) -> None:
+        if (track := self._open(self._prompt_id)) is not None:
+            track.progressed(node_id, value, most)
+
+    def finished(self, node_id: str) -> None:
+        if (track := self._open(self._prompt_id)) is not None:
+            track.finished(node_id)
 
 
 def _moved(record: RunRecord, first: int, last: int) -> tuple[float, ...]:

@@ -156,8 +156,12 @@ def take(
     overhead_s: float = 0.0,
     file: Mapping[str, Any] | None = None,
     ended: bool = True,
+    ask: bool = True,
 ) -> RunReport:
-    """The figures now. session: the one that recorded the run, None where the host's models are only watched."""
+    """The figures now. session: the one that recorded the run, None where the host's models are only watched.
+
+    ask: whether the device may be asked; else what is known by now has to do.
+    """
     met = set(worlds)
     found = tuple(world for world in WORLDS if world in met and world != "observe") or ("observe",)
     ours = found[0] in OURS and session is not None
@@ -167,12 +171,10 @@ def take(
         "total": machine.vram_total,
         "available": resolved.get("available"),
         "peak_device": peak_device,
-        "peak_torch": session.stages.peak_allocated if session is not None else backend.peak_allocated(),
+        "peak_torch": _peak(session, backend, ended, ask),
         "others_start": others_start,
         "high_crossings": session.stages.high_crossings if session is not None and ours else None,
     }
-    if session is not None and not ended:
-        vram["peak_torch"] = max(session.stages.peak_allocated, backend.peak_allocated())
     pinned = None if session is None else sum(m.weights.pinned for m in list(session.components.values()))
     return RunReport(
         record,
@@ -258,6 +260,14 @@ def _driver(kind: str) -> str | None:
 def _env() -> dict[str, Any]:
     facts = comfyui_host.facts()
     return {"comfyui": facts.version, "dynamic_vram": facts.dynamic_vram, "flags": list(facts.flags)}
+
+
+def _peak(session: Session | None, backend: Backend, ended: bool, ask: bool) -> int | None:
+    """The session notes the peak at every stage, and once more when the run is closed."""
+    noted = None if session is None else session.stages.peak_allocated
+    if not ask or (ended and noted is not None):
+        return noted
+    return max(backend.peak_allocated(), noted or 0)
 
 
 def _resolved(session: Session | None, policy: OffloadPolicy | None) -> dict[str, Any]:
