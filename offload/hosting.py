@@ -15,9 +15,8 @@ from torch import nn
 
 from .arbiter import Eviction, Other, for_need
 from .backend import Backend
-from .ledger import RunRecord
 from .managed import HOST, Managed
-from .policy import OffloadMode, OffloadPolicy, Role, WorkingSet
+from .policy import OffloadPolicy, Role, WorkingSet
 from .session import Session
 
 MIB = 1 << 20
@@ -58,6 +57,7 @@ class HostSession(Session):
         self._change_policy(policy)
         managed = self.add(name, module, role=role, entries=entries)
         managed.policy = policy
+        self._shadow(managed)
         return managed
 
     def set_policy(self, name: str, policy: OffloadPolicy) -> None:
@@ -91,19 +91,8 @@ class HostSession(Session):
         given = self._policy.resolve(self.machine, WorkingSet(())).reserve
         return dataclasses.replace(self._policy, reserve=given + self._reserve)
 
-    # ------------------------------------------------------------------ runs
-    def open_run(self, prompt_id: str | None = None) -> None:
-        """As Session's; entry points are shadowed whatever the policy, as it may be another one's."""
-        super().open_run(prompt_id)
-        self._shadow_all()
-
-    def close_run(self, error: BaseException | None = None) -> RunRecord | None:
-        """As Session's; components that are not always resident keep their entry points shadowed."""
-        record = super().close_run(error)
-        for managed in self.components.values():
-            if managed.policy is not None and managed.policy.mode is not OffloadMode.NONE:
-                self._shadow(managed)
-        return record
+    def _unshadow(self, managed: Managed) -> None:
+        """Never while a host may come back with another policy, or take the module over behind our back."""
 
     # ------------------------------------------------------------------ what a host asks
     def prepare(self, name: str, activations: int | None = None) -> None:
@@ -191,3 +180,12 @@ class HostSession(Session):
         if not managed.running:
             self._adopt(managed)
         return super()._call(managed, entry, method, args, kwargs)
+
+    def _convert(
+        self, managed: Managed, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Somebody else moves or converts the whole module: where a host's adapter wants to know, it lets go first."""
+        if managed.on_foreign is None or managed.running:
+            return super()._convert(managed, name, method, args, kwargs)
+        managed.on_foreign()
+        return getattr(managed.module, name)(*args, **kwargs)

@@ -72,6 +72,7 @@ class Managed:
         self._on_touch = on_touch
         self.policy: OffloadPolicy | None = None  # its own, where a host gave it one
         self.on_placed: Callable[[], None] | None = None  # called when units have come to the device, or left it
+        self.on_foreign: Callable[[], None] | None = None  # called before somebody else moves or converts all of it
         self._build(build_component(name, module, role))
         # the stage
         self.plan: StagePlan | None = None

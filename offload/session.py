@@ -221,7 +221,7 @@ class Session:
             if not self._is_under_policy(managed):
                 continue
             if not self.ledger.active:
-                managed.entries.detach()
+                self._unshadow(managed)
             self._load_whole(managed)
 
     def _load_whole(self, managed: Managed) -> None:
@@ -241,6 +241,9 @@ class Session:
 
     def _shadow(self, managed: Managed) -> None:
         managed.shadow(functools.partial(self._call, managed), functools.partial(self._convert, managed))
+
+    def _unshadow(self, managed: Managed) -> None:
+        managed.entries.detach()
 
     # ------------------------------------------------------------------ runs
     @contextlib.contextmanager
@@ -269,7 +272,7 @@ class Session:
         self.stages.leave()
         if always_resident(self.resolved):
             for managed in self.components.values():
-                managed.entries.detach()
+                self._unshadow(managed)
         self.stages.note_peak()
         self.record = self.ledger.close_run(error)
         return self.record
@@ -316,7 +319,7 @@ class Session:
             managed.retrying = False
             managed.running -= 1
             if always_resident(self.resolved) and not self.ledger.active:
-                managed.entries.detach()  # it was only there to bring the weights back
+                self._unshadow(managed)  # it was only there to bring the weights back
 
     def _forward(
         self,

@@ -72,6 +72,7 @@ class Hosted:
         else:
             session.set_policy(self.name, self.policy)
         managed.on_placed = None if self.patching is None else self.patching.placed
+        managed.on_foreign = self.release if self.world == "static" else None
         return managed
 
     def load(self, activations: int | None) -> None:
@@ -89,7 +90,8 @@ class Hosted:
         """Give the module back to the host, as it was: weights in RAM, no hook, no shadowed method."""
         session = device_session()
         if session is not None and self.name in session.components:
-            session.components[self.name].on_placed = None
+            managed = session.components[self.name]
+            managed.on_placed = managed.on_foreign = None
             session.remove(self.name)
         if self.patching is not None:
             self.patching.remove()

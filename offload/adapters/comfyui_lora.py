@@ -2,8 +2,8 @@
 
 A patched weight that is resident was patched in its place on the device when it came up; one that streams is patched
 in each forward, by a function that the host's own layers call. Both compute what the host computes when it loads a
-model whole: the same operations, in the same precision, from the same pristine weight. So results are equal to the bit, and
-to switch a LoRA moves the touched weights at most once.
+model whole: the same operations, in the same precision, from the same pristine weight. So results are equal to the
+bit, and to switch a LoRA moves the touched weights at most once.
 """
 
 from __future__ import annotations
