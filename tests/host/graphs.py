@@ -11,7 +11,7 @@ from typing import Any
 
 Graph = dict[str, Any]
 Link = list[Any]
-MODES = ("none", "model", "sequential", "balanced", "fit-aware", "auto")
+MODES = ("auto", "none", "balanced", "model", "sequential")
 
 
 class Builder:

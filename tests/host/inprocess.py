@@ -89,8 +89,39 @@ def sample(model: Any, kind: str, start: torch.Tensor | None = None, denoise: fl
     ).clone()
 
 
+def under(fields: dict[str, Any], obj: Any) -> Any:
+    """A MODEL, CLIP or VAE of the host under a policy of ours with these fields."""
+    policy = importlib.import_module("balanced_offload.offload.policy").OffloadPolicy(**fields)
+    return importlib.import_module("balanced_offload.offload.adapters.comfyui").apply_policy(policy, obj).obj
+
+
+def with_lora(model: Any, models: Path, name: str = "a", strength: float = 0.8) -> Any:
+    """The model with a tiny SD3's LoRA, by what the host's LoRA loader calls."""
+    import comfy.sd
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(models / "loras" / f"tiny_sd3_{name}.safetensors"), safe_load=True)
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+def load_clip(models: Path) -> Any:
+    """The tiny text encoder by the host's stock loader."""
+    import comfy.sd
+
+    path = str(models / "text_encoders" / "tiny_clip.safetensors")
+    return comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.SD3)
+
+
+def load_vae(models: Path) -> Any:
+    """TAESD for SD3's latents by the host's stock loader."""
+    return sys.modules.get("nodes", importlib.import_module("nodes")).VAELoader().load_vae("taesd3")[0]
+
+
 def close_models() -> None:
-    """Everything off the device, as after `POST /free`."""
+    """Everything off the device, as after `POST /free`, and our session closed."""
+    ours = sys.modules.get("balanced_offload.offload.adapters.comfyui_device")
+    if ours is not None:
+        ours.close_device_session()
     management = sys.modules["comfy.model_management"]
     management.unload_all_models()
     management.soft_empty_cache()

@@ -1,0 +1,366 @@
+"""Invariant: in a host a pipeline draws what diffusers draws, its files are read once, and neither side starves the
+other of memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+MODES = ("none", "balanced", "model", "sequential", "auto")
+CALL: dict[str, Any] = {"prompt": "a lighthouse", "negative": "fog", "width": 64, "height": 64}
+MORE: dict[str, Any] = {"steps": 3, "guidance": 4.0, "seed": 9}
+
+
+def start_image() -> torch.Tensor:
+    """[1, 64, 64, 3] in 0..1."""
+    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
+
+
+def draw(pipe: Any, image: torch.Tensor | None = None, **changed: Any) -> torch.Tensor:
+    """What diffusers draws from the values of a node, called by hand."""
+    from diffusers import AutoPipelineForImage2Image
+
+    given = {**CALL, **MORE, **changed}
+    call = {
+        "prompt": given["prompt"],
+        "negative_prompt": given["negative"],
+        "num_inference_steps": given["steps"],
+        "guidance_scale": given["guidance"],
+        "generator": torch.Generator("cpu").manual_seed(given["seed"]),
+        "output_type": "pt",
+    }
+    if image is None:
+        call |= {"width": given["width"], "height": given["height"]}
+    else:
+        pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+        call |= {"image": image.movedim(-1, 1).contiguous(), "strength": 0.67}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**call).images.cpu().movedim(1, -1)
+
+
+@pytest.fixture
+def folder(models: Path) -> Path:
+    return models / "diffusers" / "tiny_sdxl"
+
+
+@pytest.fixture
+def loaded(pack: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the tiny pipeline under a policy, and gives everything back at the end."""
+    adapter, device = pack("offload.adapters.comfyui_pipeline"), pack("offload.adapters.comfyui_device")
+    files, policies = pack("nodes.pipeline_files"), pack("offload.policy")
+
+    def open_it(folder: Path, **fields: Any) -> Any:
+        policy = policies.OffloadPolicy(**fields)
+        return adapter.pipelines().open(folder, folder.name, policy, stamp=files.stamp(folder), dtype="fp32")
+
+    yield open_it
+    gc.collect()
+    adapter.pipelines().drop_unused()
+    assert not adapter.pipelines()._loaded, "the test holds a pipeline"
+    device.close_device_session()
+
+
+@pytest.fixture
+def request_of(pack: Any) -> Callable[..., Any]:
+    kind = pack("offload.adapters.comfyui_generate").Request
+
+    def make(image: torch.Tensor | None = None, **changed: Any) -> Any:
+        return kind(**{**CALL, **MORE, **changed}, image=image, strength=0.67)
+
+    return make
+
+
+@pytest.fixture
+def bare(pack: Any, folder: Path) -> Callable[..., torch.Tensor]:
+    """Draws with a pipeline of its own, moved to a device whole, and lets go of it."""
+
+    def run(device: Any, image: torch.Tensor | None = None, **changed: Any) -> torch.Tensor:
+        pipe = pack("offload.adapters.loading").load_pipeline(folder, torch_dtype=torch.float32).to(device)
+        found = draw(pipe, image, **changed)
+        del pipe
+        gc.collect()
+        return found
+
+    return run
+
+
+def fields(mode: str) -> dict[str, Any]:
+    """Balanced with a mark below the denoiser, so that it streams."""
+    return {"mode": mode, "high": "1MiB"} if mode == "balanced" else {"mode": mode}
+
+
+# ---------------------------------------------------------------------- equal
+@pytest.mark.parametrize("mode", MODES)
+def test_on_the_cpu_it_draws_what_diffusers_draws(
+    mode: str, in_process: ModuleType, folder: Path, loaded: Any, request_of: Any, bare: Any
+) -> None:
+    pipeline = loaded(folder, **fields(mode))
+    for image in (None, start_image()):
+        expected = bare("cpu", image)
+        with torch.inference_mode():
+            first, second = (pipeline.generate(request_of(image)) for _ in range(2))
+        assert first.shape == (1, 64, 64, 3) and first.dtype is torch.float32 and first.device.type == "cpu"
+        assert first.std() > 0.01 and torch.equal(first, expected) and torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_on_the_accelerator_it_draws_what_diffusers_draws_there(
+    mode: str, sim_host: Any, folder: Path, loaded: Any, request_of: Any, bare: Any
+) -> None:
+    expected = {image is None: bare(sim_host.device, image) for image in (None, start_image())}
+    pipeline = loaded(folder, **fields(mode))
+    sim_host.moved()
+    with torch.inference_mode():
+        for image in (None, start_image(), None):
+            drawn = pipeline.generate(request_of(image))
+            assert torch.equal(drawn, expected[image is None])
+    assert sim_host.moved()["h2d_bytes"] > 0, "it ran on the device"
+
+
+def test_each_mode_does_what_it_says(sim_host: Any, folder: Path, loaded: Any, request_of: Any) -> None:
+    """Bytes moved in the second run: nothing where it fits or is whole, everything where it streams."""
+    moved = {}
+    for mode in MODES:
+        pipeline = loaded(folder, **fields(mode))
+        with torch.inference_mode():
+            pipeline.generate(request_of())
+            sim_host.moved()
+            pipeline.generate(request_of())
+        moved[mode] = sim_host.moved()["h2d_bytes"]
+    whole = sum(patcher.hosted.managed.component.device_bytes for patcher in pipeline.patchers)
+    assert moved["none"] < 1 << 20 and moved["auto"] < 1 << 20  # prompts, noise and steps
+    assert moved["sequential"] > whole
+    assert moved["balanced"] > 0.3 * whole
+    assert moved["model"] < 1 << 20  # there is room for all of it, so nothing has to make way
+
+
+# ---------------------------------------------------------------------- files
+class Opened:
+    """Weight files opened since `clear`, by Python's own audit."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self._on = True
+        sys.addaudithook(self._see)
+
+    def _see(self, event: str, args: tuple[Any, ...]) -> None:
+        if self._on and event == "open" and isinstance(args[0], str) and args[0].endswith((".safetensors", ".json")):
+            self.files.append(args[0])
+
+
+def test_changing_policy_prompt_or_kind_opens_no_file(
+    sim_host: Any, folder: Path, loaded: Any, request_of: Any
+) -> None:
+    first = loaded(folder, mode="auto")
+    with torch.inference_mode():
+        first.generate(request_of())
+        first.generate(request_of(start_image()))
+        opened = Opened()
+        second = loaded(folder, mode="balanced", high="1MiB")
+        second.generate(request_of(prompt="a harbour"))
+        first.generate(request_of(start_image(), prompt="a pier"))
+    opened._on = False
+    assert second.pipe is first.pipe and second is not first
+    assert opened.files == []
+
+
+def test_a_fitting_set_moves_no_weight_when_policy_or_prompt_change(
+    sim_host: Any, folder: Path, loaded: Any, request_of: Any
+) -> None:
+    first = loaded(folder, mode="auto")
+    with torch.inference_mode():
+        first.generate(request_of())
+        session = first.session
+        session.close_run()
+        with session.run():
+            first.generate(request_of(prompt="a harbour"))
+            second = loaded(folder, mode="auto", headroom="64MiB")
+            second.generate(request_of(prompt="a pier"))
+    assert (session.record.bytes_h2d, session.record.bytes_d2h, session.record.move_count) == (0, 0, 0)
+    assert session.record.complete and session.record.seconds["denoise"] > 0
+
+
+def test_files_that_changed_are_read_again(in_process: ModuleType, models: Path, tmp_path: Path, loaded: Any) -> None:
+    import shutil
+
+    copied = tmp_path / "pipe"
+    shutil.copytree(models / "diffusers" / "tiny_sdxl", copied)
+    first = loaded(copied)
+    assert loaded(copied).pipe is first.pipe
+    import os
+
+    os.utime(copied / "unet" / "config.json", ns=(5, 5))
+    assert loaded(copied).pipe is not first.pipe
+
+
+def test_what_no_output_refers_to_is_dropped_between_prompts(
+    pack: Any, sim_host: Any, folder: Path, loaded: Any, request_of: Any
+) -> None:
+    import weakref
+
+    adapter = pack("offload.adapters.comfyui_pipeline")
+    first, second = loaded(folder, mode="none"), loaded(folder, mode="auto")
+    with torch.inference_mode():
+        first.generate(request_of())
+    models = [weakref.ref(patcher.model) for patcher in first.patchers]
+    entries = len(sim_host.management.current_loaded_models)
+    assert entries == len(models) == 4
+    del first
+    gc.collect()
+    adapter.pipelines().drop_unused()
+    assert len(sim_host.management.current_loaded_models) == entries and all(model() for model in models)
+    del second
+    gc.collect()
+    adapter.pipelines().drop_unused()
+    assert sim_host.management.current_loaded_models == []
+    gc.collect()
+    assert not any(model() for model in models)
+
+
+# ---------------------------------------------------------------------- memory
+def test_the_host_counts_and_evicts_it(sim_host: Any, folder: Path, loaded: Any, request_of: Any, bare: Any) -> None:
+    expected = bare(sim_host.device)
+    pipeline = loaded(folder, mode="none")
+    with torch.inference_mode():
+        pipeline.generate(request_of())
+    held = {entry.model for entry in sim_host.management.current_loaded_models}
+    assert held == set(pipeline.patchers)
+    weights = sum(patcher.loaded_size() for patcher in pipeline.patchers)
+    assert weights == sum(p.hosted.managed.component.device_bytes for p in pipeline.patchers)
+    before = sim_host.vram.memory_allocated()
+    management = sim_host.management
+    management.free_memory(management.get_free_memory(sim_host.device) + weights // 2, sim_host.device)
+    assert before - sim_host.vram.memory_allocated() >= weights // 2
+    management.unload_all_models()
+    assert sum(patcher.loaded_size() for patcher in pipeline.patchers) == 0
+    assert management.current_loaded_models == []
+    with torch.inference_mode():
+        assert torch.equal(pipeline.generate(request_of()), expected)
+    assert len(management.current_loaded_models) == 4
+
+
+@pytest.mark.parametrize("mode", ["auto", "balanced", "model", "sequential"])
+def test_it_runs_under_a_cap_that_holds_half_of_it(
+    mode: str, sim_host: Any, folder: Path, loaded: Any, request_of: Any, bare: Any, cap: Any
+) -> None:
+    expected = bare(sim_host.device)
+    pipeline = loaded(folder, mode=mode)
+    sizes = [p.hosted.managed.component.device_bytes for p in pipeline.patchers]
+    limit = max(sum(sizes) // 2, max(sizes) + (6 << 20) if mode == "model" else 0)
+    cap(limit)
+    sim_host.peak()
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(pipeline.generate(request_of()), expected)
+    assert sim_host.peak() <= limit
+
+
+def test_pipeline_and_native_model_give_way_to_each_other(
+    pack: Any, sim_host: Any, folder: Path, models: Path, loaded: Any, request_of: Any, bare: Any, cap: Any
+) -> None:
+    """Neither fits beside the other; both are right, in turns."""
+    from . import tiny
+    from .inprocess import load_model, sample
+
+    apply_policy = pack("offload.adapters.comfyui").apply_policy
+    tiny.make(models, "diffusion_models/tiny_sd15")
+    native = load_model(models, "sd15")
+    expected, native_expected = bare(sim_host.device), sample(native, "sd15")
+    sim_host.management.unload_all_models()
+    pipeline = loaded(folder, mode="auto")
+    for model in (native, apply_policy(pipeline.policy, native).obj):
+        cap(native.model_size() + (24 << 20))
+        for _ in range(2):
+            with torch.inference_mode():
+                assert torch.equal(pipeline.generate(request_of()), expected)
+            assert torch.equal(sample(model, "sd15"), native_expected)
+        sim_host.management.unload_all_models()
+    del model
+    cap(8 << 30)
+
+
+# ---------------------------------------------------------------------- trouble
+@pytest.mark.parametrize("mode", ["none", "balanced"])
+def test_after_an_interrupt_or_an_oom_the_next_run_is_as_the_first(
+    mode: str, sim_host: Any, folder: Path, loaded: Any, request_of: Any, bare: Any, cap: Any
+) -> None:
+    expected = bare(sim_host.device)
+    pipeline = loaded(folder, **fields(mode), on_oom="stop")
+    management = sim_host.management
+    with torch.inference_mode():
+        assert torch.equal(pipeline.generate(request_of()), expected)
+        kept = sim_host.vram.memory_allocated()
+        unet = pipeline.pipe.unet
+        calls = []
+
+        def interrupt(*_: Any) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                management.interrupt_current_processing()
+
+        handle = unet.register_forward_pre_hook(interrupt)
+        with pytest.raises(management.InterruptProcessingException):
+            pipeline.generate(request_of())
+        handle.remove()
+        assert len(calls) == 2, "the interrupt ends it after the step"
+        gc.collect()
+        assert sim_host.vram.memory_allocated() <= kept
+        assert torch.equal(pipeline.generate(request_of()), expected)
+
+        handle = unet.register_forward_pre_hook(_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipeline.generate(request_of())
+        handle.remove()
+        management.unload_all_models()  # as the host does after an OOM
+        assert torch.equal(pipeline.generate(request_of()), expected)
+
+
+def _out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("vram out of memory: tried to allocate 1.00 GiB")
+
+
+def test_after_restoring_stock_behaviour_it_attaches_anew(
+    pack: Any, sim_host: Any, folder: Path, loaded: Any, request_of: Any, bare: Any
+) -> None:
+    expected = bare(sim_host.device)
+    pipeline = loaded(folder, mode="auto")
+    with torch.inference_mode():
+        pipeline.generate(request_of())
+        pack("offload.adapters.comfyui_device").restore_stock()
+        for part in pipeline.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                assert {p.device.type for p in part.parameters()} == {"cpu"}
+        assert torch.equal(pipeline.generate(request_of()), expected)
+
+
+def test_the_last_policy_counts(sim_host: Any, folder: Path, loaded: Any, request_of: Any) -> None:
+    first, second = loaded(folder, mode="none"), loaded(folder, mode="sequential")
+    with torch.inference_mode():
+        first.generate(request_of())
+        assert {p.hosted.managed.policy.mode.value for p in first.patchers} == {"none"}
+        second.generate(request_of())
+        assert {p.hosted.managed.policy.mode.value for p in first.patchers} == {"sequential"}
+        first.generate(request_of())
+        assert {p.hosted.managed.policy.mode.value for p in first.patchers} == {"none"}
+
+
+# ---------------------------------------------------------------------- through the server
+def graph(pipeline: str = "tiny_sdxl", **changed: Any) -> dict[str, Any]:
+    inputs = {**CALL, **MORE, "pipeline": ["1", 0], **changed}
+    return {
+        "1": {"class_type": "PipelineLoaderWithOffload", "inputs": {"pipeline_name": pipeline}},
+        "2": {"class_type": "PipelineGenerate", "inputs": inputs},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "drawn"}},
+    }
+
+
+__all__ = ["graph", "json", "threading"]
