@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .summary import describe_here
+from .summary import cannot_hold, describe_here
 from .widgets import POLICY_WIDGETS, Widget, read_policy
 
 PolicySocket = io.Custom("OFFLOAD_POLICY")
@@ -63,6 +63,15 @@ class OffloadPolicyNode(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, **widgets: Any) -> bool | str:
+        """Before the run, for what is no link (a link arrives as None): what no machine or not this one can hold."""
+        try:
+            policy = read_policy({name: value for name, value in widgets.items() if value is not None})
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return cannot_hold(policy) or True
 
     @classmethod
     def execute(cls, **widgets: Any) -> Any:

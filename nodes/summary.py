@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..offload.backend import NoAcceleratorError, open_backend
 from ..offload.memory import machine
 from ..offload.policy import ComponentInfo, Machine, OffloadPolicy, ResolvedPolicy, WorkingSet
-from ..offload.sizes import format_size
+from ..offload.sizes import bad_value, format_size, read_size
 
 NO_ACCELERATOR = "No accelerator was found: everything runs from system memory and nothing is moved."
 
@@ -19,6 +19,25 @@ def describe_here(policy: OffloadPolicy) -> str:
     except NoAcceleratorError:
         return NO_ACCELERATOR
     return describe(policy, machine(backend))
+
+
+def cannot_hold(policy: OffloadPolicy) -> str | None:
+    """Why no run can hold `policy` on this machine, with the field and the remedy; None where one could."""
+    try:
+        backend = open_backend()
+    except NoAcceleratorError:
+        return None
+    here = machine(backend)
+    total = here.vram_total
+    reserve = read_size("reserve", policy.reserve, auto=False).to_bytes("reserve", total) or 0
+    if reserve >= total:
+        allowed = f"less than the {format_size(total)} of {here.name}"
+        return str(bad_value("reserve", policy.reserve, allowed, "lower it: nothing would be left for a model"))
+    headroom = read_size("headroom", policy.headroom).to_bytes("headroom", total) or 0
+    if headroom and reserve + headroom >= total:
+        allowed = f"less than the {format_size(total - reserve)} of {here.name} that reserve leaves"
+        return str(bad_value("headroom", policy.headroom, allowed, "lower it, or write auto"))
+    return None
 
 
 def describe(policy: OffloadPolicy, here: Machine) -> str:

@@ -70,6 +70,9 @@ class Marks:
         vbar = find() if find is not None else None
         if vbar is None or self.silent:
             return
+        from .comfyui_runs import runs
+
+        runs().touch("dynamic", self.policy)
         self._vbar = weakref.ref(vbar)
         _owners[patcher.model] = self
         self.limits = self._measure(patcher)

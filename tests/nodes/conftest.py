@@ -13,12 +13,14 @@ import pytest
 
 import balanced_offload
 
-NEEDS_HOST = ("balanced_offload.nodes.extension", "balanced_offload.nodes.policy")
+# What a host brings; `nodes`, `server` and the like are its top-level modules, not the pack's.
+OF_HOST = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server")
 
 
 def _forget() -> None:
-    for name in list(sys.modules):
-        if name in NEEDS_HOST or name.split(".")[0] == "comfy_api":
+    for name, module in list(sys.modules.items()):
+        of_ours = name.startswith("balanced_offload.nodes.") and hasattr(module, "io")
+        if of_ours or name.split(".")[0] in OF_HOST:
             del sys.modules[name]
 
 

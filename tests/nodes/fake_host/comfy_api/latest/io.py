@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -30,6 +32,24 @@ class Output:
     io_type: str = ""
 
 
+@dataclass
+class NumberInput(Input):
+    min: float | None = None
+    max: float | None = None
+    step: float | None = None
+
+
+@dataclass
+class TextInput(Input):
+    multiline: bool = False
+
+
+class Hidden(str, Enum):
+    unique_id = "UNIQUE_ID"
+    prompt = "PROMPT"
+    extra_pnginfo = "EXTRA_PNGINFO"
+
+
 class Combo:
     io_type = "COMBO"
     Input = ComboInput
@@ -42,23 +62,19 @@ class Boolean:
         pass
 
 
-class String:
-    io_type = "STRING"
-
-    class Input(Input):
-        pass
-
-    class Output(Output):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, io_type="STRING")
-
-
-def Custom(io_type: str) -> type:
+def Custom(io_type: str, input_type: type = Input) -> type:
     class CustomOutput(Output):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options, io_type=io_type)
 
-    return type(io_type, (), {"io_type": io_type, "Input": Input, "Output": CustomOutput})
+    return type(io_type, (), {"io_type": io_type, "Input": input_type, "Output": CustomOutput})
+
+
+String = Custom("STRING", TextInput)
+Float = Custom("FLOAT", NumberInput)
+Int = Custom("INT", NumberInput)
+Model, Clip, Vae, Image = Custom("MODEL"), Custom("CLIP"), Custom("VAE"), Custom("IMAGE")
+AnyType = Custom("*")
 
 
 @dataclass
@@ -81,7 +97,7 @@ class NodeOutput:
 
 
 class ComfyNode:
-    pass
+    hidden = SimpleNamespace(unique_id=None, prompt=None)
 
 
 class ComfyExtension:
