@@ -1,7 +1,7 @@
 """Guards: a command says what went wrong in one sentence and a number: 0 done, 1 a check failed, 2 asked wrongly, 130.
 
-`balanced-offload demo | probe | plan | bench`. With `--json` the document is all that standard output gets; what
-people read goes to standard error then. torch is imported by a command, not by its help.
+`balanced-offload demo | probe | plan | bench | queue`. With `--json` the document is all that standard output gets;
+what people read goes to standard error then. torch is imported by a command, not by its help.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ STDOUT = "-"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     from .cli_bench import add_bench  # which needs this module to write its document
+    from .cli_queue import add_queue
 
     parser = argparse.ArgumentParser(
         prog="balanced-offload",
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_probe(commands)
     _add_plan(commands)
     add_bench(commands)
+    add_queue(commands)
     return parser
 
 
