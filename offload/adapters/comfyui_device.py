@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class Hosted:
         else:
             session.set_policy(self.name, self.policy)
         managed.on_placed = None if self.patching is None else self.patching.placed
-        managed.on_foreign = self.release if self.world == "static" else None
+        managed.on_foreign = _weakly(self.release) if self.world == "static" else None
         return managed
 
     def load(self, activations: int | None) -> None:
@@ -95,6 +96,18 @@ class Hosted:
             session.remove(self.name)
         if self.patching is not None:
             self.patching.remove()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """`method`, without keeping its object alive."""
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = found()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 _lock = threading.RLock()

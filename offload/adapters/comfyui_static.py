@@ -34,7 +34,7 @@ def managed_module(model: nn.Module) -> nn.Module:
 class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
     """A ModelPatcher whose weights our session places. Made by `of`; clones share the module's `Hosted`."""
 
-    hosted: Hosted
+    hosted: Hosted = None  # type: ignore[assignment]  # until `_join`: the host's constructor asks for sizes
     policy: OffloadPolicy
     patching: Patches
 
@@ -63,7 +63,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
     def model_size(self) -> int:
         """What it will take of the device, bytes: the host frees that much of other models before it loads this one."""
         whole = super().model_size()
-        managed = self.hosted.managed
+        managed = self.hosted.managed if self.hosted is not None else None
         if managed is None:
             return int(whole)
         if managed.placed and managed.policy == self.policy and managed.plan is not None:
@@ -75,7 +75,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
 
     def loaded_size(self) -> int:
         """Device bytes of its weights as they are now; they change with each stage."""
-        if self.hosted.managed is None:
+        if self.hosted is None or self.hosted.managed is None:
             return int(super().loaded_size())
         return self.hosted.device_bytes
 
