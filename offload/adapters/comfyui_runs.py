@@ -29,6 +29,7 @@ from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ReportStore, write
 
 OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
+EXPECT_S = 2.0  # a prompt is announced before it is checked and queued
 HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
 STORE_ROWS = 2000
 LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
@@ -54,7 +55,7 @@ class PromptRuns:
         self._on_idle: list[Callable[[], None]] = []
         self._on_sample: list[Callable[[dict[str, Any]], None]] = []
         self._live: dict[str, Any] = snapshot(None)
-        self._expected = False  # a prompt was queued: look for it
+        self._expected = 0.0  # a prompt was queued: look for it, until then at least
         self._restored = False
         self._wake = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -151,7 +152,7 @@ class PromptRuns:
 
     def expect(self) -> None:
         """A prompt was queued. Where none of our nodes is in it, it is observed all the same."""
-        self._expected = True
+        self._expected = perf_counter() + EXPECT_S
         self._watch()
 
     # ------------------------------------------------------------------ opening
@@ -295,7 +296,7 @@ class PromptRuns:
                 for done in list(self._unsettled):
                     self._settle(done)
                 if self._expected:
-                    self._meet()
+                    self._meet(now)
                 if self._run is None and now - idled >= IDLE_S:
                     idled = now
                     self._idle()
@@ -322,11 +323,12 @@ class PromptRuns:
             with _logged("a telemetry receiver"):
                 callback(self._live)
 
-    def _meet(self) -> None:
+    def _meet(self, now: float) -> None:
         """Have the progress registry tell us of a prompt that none of our nodes has touched."""
         with host.queue_lock():
             prompts = host.running()
-            self._expected = bool(prompts) or host.busy()
+            if now > self._expected and not host.busy():
+                self._expected = 0.0
         for prompt_id in prompts:
             if self._of(prompt_id) is None:
                 found = host.registry(prompt_id)

@@ -27,6 +27,7 @@ RESTORE = "BalancedOffload.RestoreStock"  # the setting "Restore stock behaviour
 RESTORE_ENV = "BALANCED_OFFLOAD_RESTORE_STOCK"
 
 _log = logging.getLogger(__name__)
+_waiting: set[asyncio.Task[None]] = set()
 _NO_LOCK: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
@@ -142,8 +143,10 @@ def at_prompt_end(callback: Callable[[], None]) -> bool:
         await loop.create_future()
 
     task = loop.create_task(wait())
+    _waiting.add(task)  # a loop holds its tasks weakly, and nobody else knows of this one
 
-    def ended(_: asyncio.Task[None]) -> None:
+    def ended(done: asyncio.Task[None]) -> None:
+        _waiting.discard(done)
         callback()
 
     # A callback, not `finally` in the task: one that never got its first turn is cancelled without being entered.

@@ -211,8 +211,8 @@ def _peak(record: RunRecord, row: NodeRow, t0: float, t1: float) -> int | None:
     return max(seen, default=None)
 
 
-def place_steps(steps: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> None:
-    """Say of each step in which node it was."""
+def place_steps(steps: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> bool:
+    """Say of each step in which node it was; whether that is known of all of them."""
     timed = sorted((node["t0"], node["t1"], node["id"]) for node in nodes if None not in (node["t0"], node["t1"]))
     starts = [t0 for t0, _, _ in timed]
     for step in steps:
@@ -221,3 +221,4 @@ def place_steps(steps: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> Non
         i = bisect_right(starts, step["t0"]) - 1
         if i >= 0 and step["t0"] <= timed[i][1]:
             step["node"] = timed[i][2]
+    return all(step["node"] is not None for step in steps)

@@ -17,7 +17,7 @@ from .. import memory
 from ..backend import Backend, driver_version
 from ..ledger import CATEGORIES, RunRecord
 from ..policy import Machine, OffloadPolicy
-from ..report import _nulls, build_report, derive_verdict
+from ..report import build_report, derive_verdict
 from ..session import Session
 from ..summary import TEXT_MAX, report_text
 from . import comfyui_host
@@ -94,13 +94,15 @@ class RunReport:
             "file": None if self.file is None else dict(self.file),
             "ended": self.ended,
         }
-        place_steps(report["steps"], nodes)
         report["overhead_ms"] += self.overhead_s * 1e3
+        unknown = set(report["unknown"])
+        if place_steps(report["steps"], nodes):
+            unknown.discard("steps[].node")
         if not self.ours:
             report["fits"] = None
             report["totals"] |= dict.fromkeys((*_MOVES, *_MOVE_TIMES))
-        asked = {key: value for key, value in report.items() if key != "file"}  # no file was asked for: nothing unknown
-        report["unknown"] = sorted(set(_nulls(asked)))
+            unknown |= {"fits", *(f"totals.{name}" for name in (*_MOVES, *_MOVE_TIMES))}
+        report["unknown"] = sorted(unknown)
         return report
 
     def amended(self, ending: Ending) -> RunReport:
