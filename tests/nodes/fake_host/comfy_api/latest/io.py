@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Input:
 
 @dataclass
 class ComboInput(Input):
+    io_type: ClassVar[str] = "COMBO"
     options: list[str] = field(default_factory=list)
 
 
@@ -37,6 +38,7 @@ class NumberInput(Input):
     min: float | None = None
     max: float | None = None
     step: float | None = None
+    control_after_generate: bool | None = None
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Boolean:
     io_type = "BOOLEAN"
 
     class Input(Input):
-        pass
+        io_type = "BOOLEAN"
 
 
 def Custom(io_type: str, input_type: type = Input) -> type:
@@ -67,7 +69,9 @@ def Custom(io_type: str, input_type: type = Input) -> type:
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options, io_type=io_type)
 
-    return type(io_type, (), {"io_type": io_type, "Input": input_type, "Output": CustomOutput})
+    # As the real ones: an input knows what its socket is called.
+    typed_input = type(f"{io_type}Input", (input_type,), {"io_type": io_type})
+    return type(io_type, (), {"io_type": io_type, "Input": typed_input, "Output": CustomOutput})
 
 
 String = Custom("STRING", TextInput)
