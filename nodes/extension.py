@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..offload.adapters.comfyui_runs import runs
+from .apply import ApplyOffloadPolicy
+from .free import FreeVRAMToFit
+from .loader import ModelLoaderWithOffload
+from .pipeline import PipelineGenerate, PipelineLoaderWithOffload
 from .policy import OffloadPolicyNode
+from .report import VRAMReportNode
+from .server import register_routes
 
 
 class BalancedOffloadExtension(ComfyExtension):
     """What `comfy_entrypoint` returns."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [OffloadPolicyNode]
+        # here and not in `on_load`, which older hosts never call
+        register_routes()
+        runs().on_idle(_sweep)
+        return [
+            OffloadPolicyNode,
+            ModelLoaderWithOffload,
+            ApplyOffloadPolicy,
+            PipelineLoaderWithOffload,
+            PipelineGenerate,
+            FreeVRAMToFit,
+            VRAMReportNode,
+        ]
+
+
+def _sweep() -> None:
+    """No prompt runs: let go of models that nobody holds any more."""
+    from ..offload.adapters.comfyui_device import sweep
+
+    sweep()
