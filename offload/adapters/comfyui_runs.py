@@ -193,17 +193,18 @@ class PromptRuns:
             return None
         module = _device_module()
         with _logged("opening the device"):
-            made: Session | None = None if module is None else module.opendevice_session()
+            made: Session | None = None if module is None else module.open_device_session()
             return made
         return None
 
     def _restore(self, run: Run) -> None:
         """The setting "Restore stock behaviour", looked at once per prompt."""
         wanted = host.stock_wanted()
-        if wanted and not self._restored:
+        if wanted != self._restored:
             module = _device_module()
             if module is not None:
-                module.restore_stock()
+                module.restore_stock(on=wanted)
+        if wanted:
             run.note("stock", f'"Restore stock behaviour" is on ({host.RESTORE}): everything was detached.')
         self._restored = wanted
 
