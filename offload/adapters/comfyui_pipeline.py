@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..policy import OffloadPolicy
+from ..policy import OffloadMode, OffloadPolicy
 from ..session import Session
 from . import comfyui_device, comfyui_host
 from .attachments import attachments_of
@@ -105,6 +105,8 @@ class LoadedPipeline:
         """Its components go by `policy` from their next stage on."""
         assert self.session is not None
         shared = attachments_of(self.session)
+        if policy.mode is not OffloadMode.NONE and self.session.policy != policy:
+            self.session.policy = policy  # else models that are always resident would not be asked again
         for name, patcher in self.patchers.items():
             patcher.policy = patcher.hosted.policy = policy
             patcher.hosted.attach()
@@ -205,6 +207,7 @@ class OffloadPipeline:
             BaseException: the host's interrupt. After any of them the next call is as the first.
         """
         loaded = self._loaded
+        comfyui_device.open_device_session()  # which the run has to know from its first moment on
         runs().touch(WORLD, self.policy)
         loaded.attach(self.policy)
         pipe = loaded.kind_for(request)
@@ -246,6 +249,7 @@ class PipelineStore:
         kind = choose_dtype(dtype, folder, comfyui_host.load_device())
         variant = choose_variant(folder, kind)
         key = _Key(str(folder.resolve()), stamp, kind, variant)
+        comfyui_device.open_device_session()
         runs().touch(WORLD, policy)
         if not self._listening:
             runs().on_idle(self.drop_unused)

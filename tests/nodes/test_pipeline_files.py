@@ -142,7 +142,7 @@ def test_a_missing_name_lists_near_ones(roots: list[Path]) -> None:
     with pytest.raises(PipelineNameError) as caught:
         find_pipeline("SDXL_base", roots)
     assert "Near it are sdxl-base" in str(caught.value) and "Flux" not in str(caught.value)
-    with pytest.raises(PipelineNameError, match="Allowed are Flux.1-dev, sdxl-base, stabilityai/sd35"):
+    with pytest.raises(PipelineNameError, match=r"Allowed are Flux\.1-dev, sdxl-base, stabilityai/sd35"):
         find_pipeline("zzzzqqqq", roots)
     with pytest.raises(PipelineNameError, match=r"a folder without model_index\.json"):
         find_pipeline("no-index", roots)
