@@ -56,6 +56,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
         """As the host's; the clone goes by the same policy."""
         clone = super().clone(*args, **kwargs)
         if isinstance(clone, OffloadModelPatcher):
+            clone.size = self.size  # of all its weights; the host hands on what `model_size` says
             clone._join(self.hosted, self.policy)
         return clone
 
@@ -156,6 +157,17 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
         model.model_loaded_weight_memory = max(1, self.hosted.device_bytes)
         model.model_lowvram = False  # so that the stock patcher of this module takes it as loaded, and lets it be
         model.current_weight_patches_uuid = self.patches_uuid
+
+    # ------------------------------------------------------------------ who reads the weights
+    def get_key_patches(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, for merging: from the pristine weights, which are in RAM."""
+        self.hosted.evict(None)
+        return super().get_key_patches(*args, **kwargs)
+
+    def model_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's: weights in RAM. To save patched ones the host loads with `force_patch_weights` first."""
+        self.hosted.evict(None)
+        return super().model_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ the way back
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> Any:

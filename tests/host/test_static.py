@@ -223,3 +223,34 @@ def test_a_model_dies_with_its_last_patcher(ours: Ours, sim_host: Any, models: P
     assert not ours.device.device_session().components
     assert module() is None
     assert sim_host.vram.memory_allocated() < MIB
+
+
+def test_a_merge_reads_pristine_weights(ours: Ours, sim_host: Any, models: Path) -> None:
+    import comfy.model_patcher  # noqa: F401 - the host's merge node is three lines of these calls
+
+    def merged(base: Any, other: Any) -> Any:
+        clone = base.clone()
+        for key, patches in other.get_key_patches("diffusion_model.").items():
+            clone.add_patches({key: patches}, 0.5, 0.5)
+        return clone
+
+    stock = load_model(models, "sd3")
+    wanted = sample(merged(stock, with_lora(stock, models, "a")), "sd3")
+    sim_host.management.unload_all_models()
+    model = ours.apply(stock, mode="auto")
+    lora = with_lora(model, models, "a")
+    sample(lora, "sd3")
+    assert model.loaded_size() > 0
+    assert torch.equal(sample(merged(model, lora), "sd3"), wanted)
+
+
+def test_clones_know_the_whole_size(ours: Ours, sim_host: Any, models: Path) -> None:
+    stock = load_model(models, "sd3")
+    whole = stock.model_size()
+    model = ours.apply(stock, mode="balanced", high=f"{whole // 2}B")
+    sample(model, "sd3")
+    assert model.model_size() == model.loaded_size() <= whole // 2
+    clone = model.clone().clone()
+    sim_host.management.unload_all_models()
+    assert clone.model_size() == whole // 2
+    assert super(type(clone), clone).model_size() == whole
