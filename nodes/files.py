@@ -143,7 +143,7 @@ _TEXT = (
     "clip_l.transformer.",
     "clip_g.transformer.",
 )
-_DIFFUSES = ("patch_embed", "time_embed", "t_embedder", "x_embedder", "timestep", "final_layer")
+_DIFFUSES = ("patch_embed", "time_embed", "t_embedder", "x_embedder", "timestep", "final_layer.")
 
 
 def _is_lora(keys: frozenset[str]) -> bool:

@@ -70,13 +70,15 @@ class ModelLoaderWithOffload(io.ComfyNode):
     @classmethod
     def execute(cls, policy: OffloadPolicy | None = None, **inputs: Any) -> Any:
         from ..offload.adapters.comfyui import apply_policy
+        from ..offload.adapters.comfyui_host import dynamic_vram
         from ..offload.adapters.comfyui_pager import wants_static
 
         policy = policy or OffloadPolicy()
         chosen = Chosen.of(inputs)
         if (message := problem(chosen)) is not None:
             raise ValueError(message)
-        wanted = chosen.wanted(static=bool(wants_static(policy)))
+        # Only where the host has a pager of its own is there anything to stay beside of.
+        wanted = chosen.wanted(static=dynamic_vram() and bool(wants_static(policy)))
         found = stock.fetch(wanted, chosen.load, named_in(getattr(cls.hidden, "prompt", None)))
         given = {"model": found.model, "clip": found.clip, "vae": found.vae}
         applied = {name: apply_policy(policy, stock.fresh(obj)) for name, obj in given.items() if obj is not None}
