@@ -12,7 +12,7 @@ import threading
 from time import perf_counter
 from typing import Any
 
-from ..backend import Backend, CpuBackend, open_backend
+from ..backend import Backend, CpuBackend, DeviceMemory, open_backend
 from ..ledger import Ledger, RunRecord
 from ..policy import OffloadPolicy
 from ..session import Session
@@ -24,6 +24,7 @@ from .comfyui_runs_report import RunReport, so_far, take
 from .comfyui_store import file_name
 
 NOTES = 50  # per run
+SAMPLE_S = 0.1  # between two looks at the device's memory
 
 _log = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {}
@@ -49,9 +50,12 @@ class Run:
         self.overhead_s = 0.0
         self.peak_device: int | None = None
         self.result: RunReport | None = None
+        self.memory: DeviceMemory | None = None  # as this thread saw it last
+        self._sampled = float("-inf")
         self._open(session)
-        self.track = NodeTrack(prompt_id, self.ledger)
-        self.others_start = _others(self.backend)
+        self.track = NodeTrack(prompt_id, self.ledger, self.sample)
+        self.sample()
+        self.others_start = None if self.memory is None else self.memory.others
 
     def _open(self, session: Session | None) -> None:
         self.session = session
@@ -70,6 +74,19 @@ class Run:
         return self.ledger.active and self.ledger._run == self._number
 
     # ------------------------------------------------------------------ while it runs
+    def sample(self) -> None:
+        """Look at the device's memory, ten times a second at most. By the thread that drives the device: allocators of
+        some devices must not be asked by another one while this one allocates."""
+        now = perf_counter()
+        if now - self._sampled < SAMPLE_S or self.backend.shared_memory:
+            return
+        self._sampled = now
+        try:
+            self.memory = self.backend.memory()
+        except RuntimeError:  # a device in error state: its last figures have to do
+            return
+        self.peak_device = max(self.memory.total - self.memory.free, self.peak_device or 0)
+
     def knows(self, world: str, policy: OffloadPolicy | None) -> bool:
         """Whether a touch says nothing new."""
         same = policy is None or policy is self.policy or policy == self.policy
@@ -197,13 +214,3 @@ def watched_backend() -> Backend:
         return _backends[key]
     except Exception:  # no host, or a device that torch cannot open
         return _backends.setdefault("cpu", CpuBackend())
-
-
-def _others(backend: Backend) -> int | None:
-    """Bytes that other programs hold; None where device memory is the system's."""
-    if backend.shared_memory:
-        return None
-    try:
-        return backend.memory().others
-    except RuntimeError:
-        return None

@@ -29,6 +29,7 @@ from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ReportStore, write
 
 OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
+LINGER_S = 60.0  # of looking now and then after a prompt, for what dies with the host's caches
 EXPECT_S = 2.0  # a prompt is announced before it is checked and queued
 HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
 STORE_ROWS = 2000
@@ -57,6 +58,7 @@ class PromptRuns:
         self._live: dict[str, Any] = snapshot(None)
         self._expected = 0.0  # a prompt was queued: look for it, until then at least
         self._restored = False
+        self._last_end = perf_counter()
         self._wake = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -222,6 +224,7 @@ class PromptRuns:
             run.amend(host.ending(run.prompt_id))
             self._complete(run)
         self._live = snapshot(None, self._live)
+        self._last_end = perf_counter()
         self._watch()
 
     def _complete(self, run: Run) -> None:
@@ -307,7 +310,8 @@ class PromptRuns:
     def _pause(self) -> float | None:
         if self._run is not None or self._unsettled or self._expected:
             return OPEN_S
-        return IDLE_S if self._on_idle or _holding() else None
+        recent = perf_counter() - self._last_end < LINGER_S
+        return IDLE_S if self._on_idle and (recent or _holding()) else None
 
     def _ended(self, run: Run | None) -> None:
         """A run whose end was told by nobody: its prompt does not execute any more."""
@@ -385,7 +389,8 @@ def _holding() -> bool:
     """Whether anything of the host's is held by us."""
     module = _device_module()
     with contextlib.suppress(Exception):
-        return module is not None and bool(module.hosted())
+        session = device_session()
+        return bool(module.hosted()) or (session is not None and bool(session.components))
     return False
 
 

@@ -1,5 +1,5 @@
-"""The telemetry of a run that is open. Invariant: read from another thread than the one that runs, so it waits for
-nothing, asks the device for nothing but its memory figures, and takes a figure that cannot be read as not known.
+"""The telemetry of a run that is open. Invariant: read from another thread than the one that runs, so it asks the device
+for nothing and waits for nothing; memory figures are those that the run's own thread took last.
 """
 
 from __future__ import annotations
@@ -52,17 +52,13 @@ def _milli(seconds: float | None) -> float | None:
 
 def _vram(run: Run) -> dict[str, Any]:
     figures: dict[str, Any] = dict.fromkeys(VRAM)
-    session, backend = run.session, run.backend
+    session = run.session
     if session is not None:
         figures["high"], figures["low"] = session.resolved.high, session.resolved.low
         with contextlib.suppress(RuntimeError):  # the worker changed a table while it was read: the next one will do
             figures["weights"] = sum(m.engine.device_bytes for m in list(session.components.values()))
-    if backend.shared_memory:
-        return figures
-    with contextlib.suppress(RuntimeError):
-        memory = backend.memory()
-        used = memory.total - memory.free
-        run.peak_device = max(used, run.peak_device or 0)
+    memory = run.memory
+    if memory is not None:
         figures |= {"others": memory.others, "free": memory.free, "peak": run.peak_device}
         if figures["weights"] is not None:
             figures["activations"] = max(0, memory.allocated - figures["weights"])

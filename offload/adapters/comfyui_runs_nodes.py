@@ -47,8 +47,9 @@ class NodeRow:
 class NodeTrack:
     """Watches one prompt. `node`, `step` and `steps` say where it is now; reading them takes no lock."""
 
-    def __init__(self, prompt_id: str, ledger: Ledger) -> None:
+    def __init__(self, prompt_id: str, ledger: Ledger, tick: Callable[[], None] | None = None) -> None:
         self.prompt_id = prompt_id
+        self._tick = tick  # called whenever something is told
         self.node: str | None = None
         self.step: int | None = None
         self.steps: int | None = None
@@ -120,6 +121,8 @@ class NodeTrack:
 
     def _account(self, entered: float, ledgers: float) -> None:
         self.calls += 1
+        if self._tick is not None:
+            self._tick()
         self.overhead_s += perf_counter() - entered - (self._ledger.overhead_s - ledgers)
 
     def _row(self, node_id: str) -> NodeRow:
