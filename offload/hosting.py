@@ -171,7 +171,10 @@ class HostSession(Session):
         if managed is None:
             return 0
         missing = 0 if managed.plan is None else managed.engine.missing_bytes(managed.plan)
-        return missing + managed.reserved
+        if managed.lead is None:
+            return missing
+        activations, _ = self.stages.peaks.expect(managed.component, str(managed.lead[0]), managed.lead, None)
+        return missing + activations
 
     # ------------------------------------------------------------------ calls
     def _call(
