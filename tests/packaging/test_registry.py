@@ -1,4 +1,4 @@
-"""Invariant: what the ComfyUI registry ships is the whole pack and nothing of its development, and it opens in a host."""
+"""Invariant: the registry ships the whole pack and nothing of its development, and that opens in a host."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_the_registry_reads(project: dict) -> None:
     name, comfy = project["project"]["name"], project["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) and len(name) < 100
     assert "comfyui" not in name.casefold()
-    assert re.fullmatch(r"\d+\\.\d+\\.\d+", project["project"]["version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
     assert comfy["DisplayName"] == "Balanced Offload"
     assert comfy["requires-comfyui"] == ">=0.3.64"
     # WEB_DIRECTORY serves the folder; both together would serve and run every script twice.
