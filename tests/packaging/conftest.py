@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .shipped import NO_GIT, copy_shipped, shipped_files
+
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so")
 
 
@@ -21,34 +23,19 @@ def pack_copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def _git(root: Path, *arguments: str) -> list[str] | None:
-    """The lines (NUL-separated) that git prints, None where this is no git checkout."""
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    done = subprocess.run(["git", *arguments, "-z"], cwd=root, capture_output=True)
-    if done.returncode:  # such as a checkout that belongs to somebody else
-        return None
-    return [name for name in done.stdout.decode().split("\0") if name]
-
-
-@pytest.fixture(scope="session")
-def shipped_files(root: Path) -> list[str]:
-    """What the registry's packer takes: the files that git tracks, without what .comfyignore names, by git's rules."""
-    tracked = _git(root, "ls-files", "--cached")
-    ignored = _git(root, "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore")
-    if tracked is None or ignored is None:
-        pytest.skip("no git checkout: which files the registry package takes is what git tracks")
-    return sorted(name for name in set(tracked) - set(ignored) if (root / name).is_file())
+@pytest.fixture(scope="session", name="shipped_files")
+def files_shipped(root: Path) -> list[str]:
+    """What the registry's packer takes."""
+    files = shipped_files(root)
+    if files is None:
+        pytest.skip(NO_GIT)
+    return files
 
 
 @pytest.fixture(scope="session")
 def registry_copy(root: Path, shipped_files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pack as the ComfyUI registry ships it, in a folder named as it is installed: exactly these files."""
-    target = tmp_path_factory.mktemp("registry") / "balanced-offload"
-    for name in shipped_files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target / name)
-    return target
+    return copy_shipped(root, shipped_files, tmp_path_factory.mktemp("registry") / "balanced-offload")
 
 
 @pytest.fixture(scope="session")
