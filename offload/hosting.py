@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activation import Signature
 from .arbiter import Eviction, Other, for_need
 from .backend import Backend
-from .managed import HOST, Managed
+from .managed import HOST, STICKY_SHARE, Managed
 from .policy import OffloadPolicy, Role, WorkingSet
 from .session import Session
 
@@ -113,6 +114,7 @@ class HostSession(Session):
         if managed.role == "vae" or (activations is None and managed.lead is None):
             return  # its call places it: only that tells whether it decodes, and on what
         sig = (HOST, activations) if activations is not None else managed.lead or (HOST, None)
+        self._outgrow(managed, sig)
         try:
             while True:
                 try:
@@ -129,6 +131,14 @@ class HostSession(Session):
             raise
         finally:
             managed.retrying = False
+
+    def _outgrow(self, managed: Managed, sig: Signature) -> None:
+        """It streams because its last call wanted more room than this one will: have it placed anew."""
+        if managed.placed and managed.plan is not None and managed.plan.streams:
+            need, _ = self.stages.peaks.expect(managed.component, str(sig[0]), sig, self.resolved.headroom)
+            if managed.reserved - need > STICKY_SHARE * managed.component.device_bytes:
+                self.stages.leave()
+                managed.unplace()
 
     def evict(self, name: str, nbytes: int | None = None) -> int:
         """The host wants memory back from this component: at least `nbytes`, or all. The device bytes that came free.
