@@ -76,7 +76,7 @@ def flags() -> tuple[str, ...]:
     found = []
     for name in _FLAGS:
         value = getattr(args, name, None)
-        if value not in (None, False, 0):
+        if value not in (None, False, 0, []):
             found.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return tuple(found)
 
