@@ -1,4 +1,4 @@
-"""Invariant: which files the registry's packer takes is decided by git and .comfyignore alone, as the packer does it."""
+"""Invariant: which files the registry's packer takes is decided by git and .comfyignore alone, as there."""
 
 from __future__ import annotations
 
