@@ -330,6 +330,9 @@ def _vram_track(record: RunRecord, cap: int | None) -> list[dict[str, Any]]:
 
 def _clean(value: Any) -> Any:
     """JSON types only: what callers hand in may hold tuples, NaN, paths or half of a surrogate pair."""
+    kind = type(value)
+    if value is None or kind is int or kind is bool or (kind is str and value.isascii()):
+        return value  # most are one of these, and asking for abstract types costs ten times as much
     if isinstance(value, Enum):
         return _clean(value.value)
     if isinstance(value, Mapping):

@@ -79,7 +79,13 @@ def host_facts(backend: Backend, machine: Machine) -> dict[str, Any]:
 
 def env_facts() -> dict[str, Any]:
     """The report's `env`, as far as no host is needed to know it."""
-    return {"pack": version(), "torch": torch.__version__, "flags": []}
+    return {"pack": _pack(), "torch": torch.__version__, "flags": []}
+
+
+@cache
+def _pack() -> str:
+    """Kept: it is read from a file."""
+    return version()
 
 
 @cache
