@@ -55,7 +55,7 @@ def register_routes() -> dict[str, str]:
             table.get(path)(handler)
         except (RuntimeError, ValueError, TypeError) as error:
             _off[path] = f"the host refused it ({error})"
-    runs().on_sample(telemetry.sample)
+    runs().on_sample(telemetry.sample, telemetry.wanted)
     runs().on_close(telemetry.closed)
     _observe(server)
     return _say_off(_off)

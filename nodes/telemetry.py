@@ -58,6 +58,10 @@ class Telemetry:
         for name in [name for name, until in self._until.items() if until <= now]:
             del self._until[name]
 
+    def wanted(self) -> bool:
+        """Whether anybody is sent telemetry now."""
+        return bool(self._until) and bool(self.clients())
+
     def sample(self, figures: dict[str, Any]) -> None:
         """Send `offload.telemetry` to those that asked."""
         if not self._until:

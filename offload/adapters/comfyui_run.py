@@ -24,7 +24,7 @@ from .comfyui_runs_report import RunReport, so_far, take
 from .comfyui_store import file_name
 
 NOTES = 50  # per run
-SAMPLE_S = 0.1  # between two looks at the device's memory
+SAMPLE_S, SELDOM_S = 0.1, 1.0  # between two looks at the device's memory, while somebody watches and while not
 
 _log = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {}
@@ -51,11 +51,15 @@ class Run:
         self.peak_device: int | None = None
         self.result: RunReport | None = None
         self.memory: DeviceMemory | None = None  # as this thread saw it last
-        self._sampled = float("-inf")
+        self.closely = False  # somebody watches: look at the memory often
+        self._sampled = self.opened - SELDOM_S + SAMPLE_S
         self._open(session)
         self.track = NodeTrack(prompt_id, self.ledger, self.sample)
-        self.sample()
-        self.others_start = None if self.memory is None else self.memory.others
+        if session is None:
+            self.sample(now=True)
+            self.others_start = None if self.memory is None else self.memory.others
+        else:  # as its last stage found it
+            self.others_start = session.machine.others
 
     def _open(self, session: Session | None) -> None:
         self.session = session
@@ -74,13 +78,15 @@ class Run:
         return self.ledger.active and self.ledger._run == self._number
 
     # ------------------------------------------------------------------ while it runs
-    def sample(self) -> None:
-        """Look at the device's memory, ten times a second at most. By the thread that drives the device: allocators of
-        some devices must not be asked by another one while this one allocates."""
-        now = perf_counter()
-        if now - self._sampled < SAMPLE_S or self.backend.shared_memory:
+    def sample(self, now: bool = False) -> None:
+        """Look at the device's memory, seldom, or ten times a second while somebody watches. By the thread that drives
+        the device: allocators of some devices must not be asked by another one while this one allocates."""
+        at = perf_counter()
+        if not now and at - self._sampled < (SAMPLE_S if self.closely else SELDOM_S):
             return
-        self._sampled = now
+        self._sampled = at
+        if self.backend.shared_memory:
+            return
         try:
             self.memory = self.backend.memory()
         except RuntimeError:  # a device in error state: its last figures have to do

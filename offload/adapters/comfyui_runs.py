@@ -26,13 +26,12 @@ from .comfyui_run import Run
 from .comfyui_runs_live import snapshot
 from .comfyui_runs_nodes import NodeTrack, Opener
 from .comfyui_runs_report import RunReport, text_of
-from .comfyui_store import ReportStore, write
+from .comfyui_store import ROWS, ReportStore, write
 
 OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
 LINGER_S = 60.0  # of looking now and then after a prompt, for what dies with the host's caches
 EXPECT_S = 2.0  # a prompt is announced before it is checked and queued
 HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
-STORE_ROWS = 2000
 LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
 
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class PromptRuns:
         self._pending_notes: list[tuple[str, str]] = []
         self._on_close: list[Callable[[dict[str, Any]], None]] = []
         self._on_idle: list[Callable[[], None]] = []
-        self._on_sample: list[Callable[[dict[str, Any]], None]] = []
+        self._on_sample: list[tuple[Callable[[dict[str, Any]], None], Callable[[], bool]]] = []
         self._live: dict[str, Any] = snapshot(None)
         self._expected = 0.0  # a prompt was queued: look for it, until then at least
         self._restored = False
@@ -112,16 +111,11 @@ class PromptRuns:
             return self.store.get(prompt_id)
         with run.lock:
             found = run.result
-            return (run.now(ask=False) if found is None else found).report(cap=STORE_ROWS)
+            return (run.now(ask=False) if found is None else found).report(cap=ROWS)
 
     def recent(self, limit: int = 20) -> list[dict[str, Any]]:
         """The reports of the last prompts, the newest first."""
-        found = []
-        for prompt_id in self.ids(limit):
-            report = self.report(prompt_id)
-            if report is not None:
-                found.append(report)
-        return found
+        return [report for prompt_id in self.ids(limit) if (report := self.report(prompt_id)) is not None]
 
     def ids(self, limit: int) -> list[str]:
         """Ids of the last prompts that have a report, the newest first."""
@@ -148,9 +142,9 @@ class PromptRuns:
         if callback not in self._on_idle:
             self._on_idle.append(callback)
 
-    def on_sample(self, callback: Callable[[dict[str, Any]], None]) -> None:
-        """Call with `live()` ten times a second while a run is open, on the watcher's thread."""
-        self._on_sample.append(callback)
+    def on_sample(self, callback: Callable[[dict[str, Any]], None], wanted: Callable[[], bool]) -> None:
+        """Call with `live()` ten times a second while a run is open and it is `wanted`, on the watcher's thread."""
+        self._on_sample.append((callback, wanted))
 
     def expect(self) -> None:
         """A prompt was queued. Where none of our nodes is in it, it is observed all the same."""
@@ -260,18 +254,19 @@ class PromptRuns:
     def _publish(self, run: Run, result: RunReport) -> None:
         if run.wants_file and not run.written:
             self._write(run, result)
-            result = run.result or result
-        report = result.report(cap=STORE_ROWS)
-        self.store.put(run.prompt_id, report)
+        self.store.put(run.prompt_id, run.result or result)
         with self.lock:
             self._unsettled.remove(run)
-        for callback in self._on_close:
-            with _logged("a report's receiver"):
-                callback({**report, "client_id": run.client_id})
+        if self._on_close:
+            report = run.made or result.report(cap=HISTORY_ROWS)
+            for callback in self._on_close:
+                with _logged("a report's receiver"):
+                    callback({**report, "client_id": run.client_id})
 
     def _write(self, run: Run, result: RunReport) -> None:
         """The file, from the watcher's thread: a slow disk must not hold the next prompt."""
-        failed = write(result.report(full=True), host.output_folder(), run.file["filename"])
+        whole = run.made if run.made and result.rows <= HISTORY_ROWS else result.report(full=True)
+        failed = write(whole, host.output_folder(), run.file["filename"])
         run.written = True
         if failed is not None:
             with host.queue_lock(), self.lock:
@@ -323,8 +318,10 @@ class PromptRuns:
             self._close(run)
 
     def _sample(self, run: Run) -> None:
+        told = [callback for callback, wanted in self._on_sample if wanted()]
+        run.closely = bool(told)
         self._live = snapshot(run, self._live)
-        for callback in self._on_sample:
+        for callback in told:
             with _logged("a telemetry receiver"):
                 callback(self._live)
 

@@ -1,4 +1,4 @@
-"""The telemetry of a run that is open. Invariant: read from another thread than the one that runs, so it asks the device
+"""The telemetry of a run that is open. Invariant: read by another thread than the one that runs, so it asks the device
 for nothing and waits for nothing; memory figures are those that the run's own thread took last.
 """
 

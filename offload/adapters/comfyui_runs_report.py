@@ -62,6 +62,14 @@ class RunReport:
     ended: bool = True
 
     @property
+    def rows(self) -> int:
+        """Of the longest list that the report could have."""
+        record = self.record
+        return max(
+            len(record.moves), len(record.marks.code), len(record.vram_at), len(record.steps), len(record.stages)
+        )
+
+    @property
     def ours(self) -> bool:
         """Whether the session moved the weights of this run."""
         return self.worlds[0] in OURS
@@ -134,7 +142,7 @@ class RunReport:
         return self.resolved.get("vae_tiling") != "on" and not any("til" in e["kind"] for e in self.record.events)
 
     def _sources(self) -> dict[str, str]:
-        sources = {"vram.peak_device": "driver, looked at up to ten times a second"}
+        sources = {"vram.peak_device": "driver, looked at once a second, ten times while telemetry is sent"}
         if self.ours:
             sources["bytes"] = "the ledger: storages of weights of the models under a policy, when the copy was issued"
             sources["verdict"] = "the ledger's moves"
