@@ -1,7 +1,7 @@
 """Guards: whatever moment the command dies at, its next start knows every prompt it sent and every item that is done.
 
 A file of JSON lines, each one write that is on the disk before what it tells of happens (`send`) or right after
-(`done`). One command at a time holds it. First `{"schema", "fingerprint", "items", "output"}`, then events:
+(`done`). One command at a time holds it. First `{"schema", "items", "output", "fingerprint"}`, then events:
 send {item, prompt_id}, queued {item, prompt_id}, void {item, prompt_id} (it never reached the host, or was taken out
 before it ran), lost {item, prompt_id} (the host forgot it; it may have run), done {item, row}.
 """
@@ -37,7 +37,8 @@ class Journal:
         self.done: dict[int, Row] = {}
         self.sent: dict[int, Sent] = {}
         self.resumed = False
-        self._head = {"schema": SCHEMA, "fingerprint": fingerprint, "items": items, "output": output.name}
+        self._begun = False
+        self._head = {"schema": SCHEMA, "items": items, "output": output.name, "fingerprint": fingerprint}
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Journal:
@@ -89,7 +90,10 @@ class Journal:
 
     def _write(self, event: str, item: int, **more: Any) -> None:
         told = {"event": event, "item": item, **more}
-        append_line(self.path, (json.dumps(told) + "\n").encode("ascii"))
+        # The first line comes with the first event: a command that is refused leaves no file behind.
+        lines = [told] if self._begun else [self._head, told]
+        append_line(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
+        self._begun = True
         self._take(told)
 
     def _take(self, told: dict[str, Any]) -> None:
@@ -113,7 +117,6 @@ class Journal:
                 file.truncate(len(whole))
         lines = list(self._lines(whole))
         if not lines:
-            append_line(self.path, (json.dumps(self._head) + "\n").encode("ascii"))
             return
         if not isinstance(lines[0], dict) or lines[0].get("schema") != SCHEMA:
             raise Asked(f"--resume: {self.path} is no {SCHEMA} file; name another one")
@@ -125,7 +128,7 @@ class Journal:
                 self._take(told)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Asked(f"--resume: {self.path} is damaged ({type(error).__name__}: {error}); remove it") from None
-        self.resumed = True
+        self.resumed = self._begun = True
 
     def _lines(self, whole: bytes) -> Iterator[Any]:
         for number, line in enumerate(whole.split(b"\n"), 1):

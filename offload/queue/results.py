@@ -6,6 +6,7 @@ file, which is written first.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -169,7 +170,8 @@ def append_line(path: Path, data: bytes) -> None:
                 raise OSError(28, f"only {written} of {len(data)} bytes could be written")
             os.fsync(handle)
         except OSError:
-            os.ftruncate(handle, before)
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, before)
             raise
     finally:
         os.close(handle)

@@ -149,18 +149,20 @@ class Runner:
         if self._stopping and not self._taken_back:
             self._take_back()
         self._submit()
-        for flight in list(self.flights.values()):
+        for flight in reversed(list(self.flights.values())):  # the last first: where it has ended, the others have too
             self._look(flight)
         if self.flights and self._clock() >= self._queue_due:
             self._look_at_queue()
         for flight in list(self.flights.values()):
             self._check_time(flight)
+            if flight.outcome is not None and not self._settled(flight, flight.outcome):
+                break  # rows come in the order in which the host runs
         if self.flights:
             self._show()
             self._sleep(self._pause())
 
     def _submit(self) -> None:
-        while self._waiting and len(self.flights) < self.options.ahead:
+        while self._waiting and sum(one.outcome is None for one in self.flights.values()) < self.options.ahead:
             item = self._waiting[0]
             again = self.journal.attempts(item.number)
             # What may have taken the host down goes alone, so that its neighbours do not fall with it.
@@ -214,10 +216,9 @@ class Runner:
             flight.outcome = read_entry(entry, flight.prompt_id)
             if flight.stopped_at is not None and flight.outcome.status == "interrupted":
                 flight.outcome.status, flight.outcome.error = "timeout", self._timeout_text()
-        self._settle(flight, flight.outcome)
         return True
 
-    def _settle(self, flight: Flight, outcome: Outcome) -> None:
+    def _settled(self, flight: Flight, outcome: Outcome) -> bool:
         """Record it once its report is final: it is finished a moment after the prompt is in the history."""
         if not is_final(outcome.report, outcome.status):
             if self._has_pack is None:
@@ -228,8 +229,9 @@ class Runner:
                 wait = REPORT_WAIT_S if outcome.report is not None else NO_REPORT_WAIT_S
                 flight.report_until = self._clock() + (wait if self._has_pack else 0)
             if not is_final(outcome.report, outcome.status) and self._clock() < flight.report_until:
-                return
+                return False
         self._record(flight.item, with_report(outcome, outcome.report), flight.prompt_id)
+        return True
 
     def _look_at_queue(self) -> None:
         """Find out what runs, and what the host has forgotten."""
@@ -290,6 +292,8 @@ class Runner:
             self._usual_s = outcome.seconds
         self.progress.item_done(line_of(item, row))
         if not outcome.fine and not self.options.keep_going:
+            if not self._stopping and len(self.journal.done) < len(self.batch.items):
+                self.progress.say("Stops at a failed item (--keep-going goes on); what runs is waited for.")
             self._stopping = True
             self._waiting.clear()
 
@@ -297,7 +301,6 @@ class Runner:
         """Take back what waits; what runs gets its row."""
         left = [flight for flight in self.flights.values() if flight.outcome is None]
         if left:
-            self.progress.say("Stops at a failed item (--keep-going goes on); what runs is waited for.")
             self.server.delete_waiting([flight.prompt_id for flight in left])
             running, waiting = self.server.queue()
             for flight in left:

@@ -71,8 +71,8 @@ def _numbers(text: str, present: float, name: str) -> list[Any]:
     matched = _RANGE.fullmatch(text)
     if matched is None:
         return [_as_number(_decimal(text, name, present), present)]
-    first, last = Decimal(matched[1]), Decimal(matched[2])
-    step = Decimal(matched[3]) if matched[3] else Decimal(1 if last >= first else -1)
+    first, last = (_decimal(matched[group], name, present) for group in (1, 2))
+    step = _decimal(matched[3], name, present) if matched[3] else Decimal(1 if last >= first else -1)
     if step == 0 or (last - first) * step < 0:
         fit = f"{matched[1]}..{matched[2]}:{'-' if last < first else ''}{abs(step) or 1}"
         raise Asked(f"--set {name}: {text!r} never gets from {first} to {last}; allowed: for example {fit}")
@@ -88,7 +88,7 @@ def _decimal(text: str, name: str, present: float) -> Decimal:
     except InvalidOperation:
         value = Decimal("NaN")
     # the size first: a whole number of 10^9 digits would never be made
-    if not value.is_finite() or value.adjusted() > 308:
+    if not value.is_finite() or abs(value.adjusted()) > 308:
         kind = "a number" if isinstance(present, float) else "a whole number"
         raise Asked(
             f"--set {name}: got {text!r}, allowed: {kind} as in the workflow ({present}), a range 1..20 or 1..20:5, "

@@ -78,8 +78,9 @@ def find_target(prompt: Prompt, name: str) -> Target:
     found = [(nodes, field) for node, field in splits if (nodes := find_nodes(prompt, node))]
     if not found:
         node = splits[0][0]
-        allowed = _near(node, [*prompt, *_names(prompt)]) or _list(f"{one} ({_label(prompt, one)})" for one in prompt)
-        raise Asked(f"--set {name}: no node {node!r} in the workflow; allowed: {allowed}")
+        near = "" if node.isdigit() else _near(node, [*prompt, *_names(prompt)])
+        others = near or f"it has {_list(f'{one} ({_label(prompt, one)})' for one in prompt)}"
+        raise Asked(f"--set {name}: no node {node!r} in the workflow; {others}")
     for nodes, field in found:
         holders = [node for node in nodes if field in _inputs(prompt, node)]
         if len(nodes) == 1 and holders:
