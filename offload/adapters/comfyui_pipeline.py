@@ -232,6 +232,7 @@ class PipelineStore:
 
     def __init__(self) -> None:
         self._loaded: dict[_Key, LoadedPipeline] = {}
+        self._keys: dict[tuple[str, Hashable, str], _Key] = {}
         self._listening = False
 
     def open(
@@ -246,9 +247,7 @@ class PipelineStore:
         """
         if not installed():
             raise DiffusersMissing(NOT_INSTALLED)
-        kind = choose_dtype(dtype, folder, comfyui_host.load_device())
-        variant = choose_variant(folder, kind)
-        key = _Key(str(folder.resolve()), stamp, kind, variant)
+        key = self._key(folder, stamp, dtype)
         comfyui_device.open_device_session()
         runs().touch(WORLD, policy)
         if not self._listening:
@@ -258,10 +257,19 @@ class PipelineStore:
         if loaded is None:
             self.drop_unused()
             with torch.inference_mode(False):  # weights that other threads may place as well
-                loaded = LoadedPipeline(load_pipeline(folder, torch_dtype=kind, variant=variant), name)
+                pipe = load_pipeline(folder, torch_dtype=key.dtype, variant=key.variant)
+            loaded = LoadedPipeline(pipe, name)
             loaded.attach(policy)
             self._loaded[key] = loaded
         return OffloadPipeline(loaded, policy)
+
+    def _key(self, folder: Path, stamp: Hashable, dtype: str) -> _Key:
+        """What "auto" comes to is in the files, which are opened for it once."""
+        asked = (str(folder.resolve()), stamp, dtype)
+        if asked not in self._keys:
+            kind = choose_dtype(dtype, folder, comfyui_host.load_device())
+            self._keys[asked] = _Key(asked[0], stamp, kind, choose_variant(folder, kind))
+        return self._keys[asked]
 
     def drop_unused(self) -> None:
         """Give back each pipeline that no output refers to any more."""
@@ -269,6 +277,7 @@ class PipelineStore:
         for key in unused:
             self._loaded.pop(key).detach()
         if unused:
+            self._keys = {asked: key for asked, key in self._keys.items() if key in self._loaded}
             gc.collect()  # pipelines refer to themselves in circles
 
 

@@ -4,9 +4,11 @@ other of memory."""
 from __future__ import annotations
 
 import gc
-import json
+import os
+import shutil
 import sys
-import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from . import tiny
+from .graphs import Builder, Graph, policy_node
+from .inprocess import load_model, sample
+from .server import HostError
 
 MODES = ("none", "balanced", "model", "sequential", "auto")
 CALL: dict[str, Any] = {"prompt": "a lighthouse", "negative": "fog", "width": 64, "height": 64}
@@ -193,14 +200,10 @@ def test_a_fitting_set_moves_no_weight_when_policy_or_prompt_change(
 
 
 def test_files_that_changed_are_read_again(in_process: ModuleType, models: Path, tmp_path: Path, loaded: Any) -> None:
-    import shutil
-
     copied = tmp_path / "pipe"
     shutil.copytree(models / "diffusers" / "tiny_sdxl", copied)
     first = loaded(copied)
     assert loaded(copied).pipe is first.pipe
-    import os
-
     os.utime(copied / "unet" / "config.json", ns=(5, 5))
     assert loaded(copied).pipe is not first.pipe
 
@@ -208,8 +211,6 @@ def test_files_that_changed_are_read_again(in_process: ModuleType, models: Path,
 def test_what_no_output_refers_to_is_dropped_between_prompts(
     pack: Any, sim_host: Any, folder: Path, loaded: Any, request_of: Any
 ) -> None:
-    import weakref
-
     adapter = pack("offload.adapters.comfyui_pipeline")
     first, second = loaded(folder, mode="none"), loaded(folder, mode="auto")
     with torch.inference_mode():
@@ -271,9 +272,6 @@ def test_pipeline_and_native_model_give_way_to_each_other(
     pack: Any, sim_host: Any, folder: Path, models: Path, loaded: Any, request_of: Any, bare: Any, cap: Any
 ) -> None:
     """Neither fits beside the other; both are right, in turns."""
-    from . import tiny
-    from .inprocess import load_model, sample
-
     apply_policy = pack("offload.adapters.comfyui").apply_policy
     tiny.make(models, "diffusion_models/tiny_sd15")
     native = load_model(models, "sd15")
@@ -364,13 +362,133 @@ def test_the_last_policy_counts(sim_host: Any, folder: Path, loaded: Any, reques
 
 
 # ---------------------------------------------------------------------- through the server
-def graph(pipeline: str = "tiny_sdxl", **changed: Any) -> dict[str, Any]:
-    inputs = {**CALL, **MORE, "pipeline": ["1", 0], **changed}
-    return {
-        "1": {"class_type": "PipelineLoaderWithOffload", "inputs": {"pipeline_name": pipeline}},
-        "2": {"class_type": "PipelineGenerate", "inputs": inputs},
-        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "drawn"}},
-    }
+def graph(name: str = "tiny_sdxl", mode: str | None = None, twice: bool = False, **changed: Any) -> Graph:
+    """A picture from the pipeline, and with `twice` another one from that; digests of both."""
+    build = Builder()
+    policy = {} if mode is None else {"policy": policy_node(build, fields(mode))}
+    loader = build.add("PipelineLoaderWithOffload", pipeline_name=name, **policy)
+    given = {**CALL, **MORE, **changed, "pipeline": [loader, 0]}
+    first = build.add("PipelineGenerate", **given)
+    build.add("TestDigest", value=[first, 0])
+    if twice:
+        second = build.add("PipelineGenerate", **given, image=[first, 0], strength=0.67)
+        build.add("TestDigest", value=[second, 0])
+    return build.graph
 
 
-__all__ = ["graph", "json", "threading"]
+def digests(bare: Any, device: Any) -> list[str]:
+    """Of what diffusers draws on a device: from the prompt, and from that picture."""
+    digest = sys.modules["host_test_nodes"].digest
+    first = bare(device)
+    return [digest(first), digest(bare(device, first))]
+
+
+@pytest.fixture
+def expected(management: ModuleType, bare: Any) -> list[str]:
+    return digests(bare, "cpu")
+
+
+def test_every_mode_on_the_server_gives_the_picture_of_diffusers_and_opens_no_file(
+    server: Any, expected: list[str]
+) -> None:
+    _every_mode(server, expected)
+
+
+def test_so_it_does_on_a_server_with_the_accelerator(sim_server: Any, sim_host: Any, bare: Any) -> None:
+    reports = _every_mode(sim_server, digests(bare, sim_host.device))
+    for mode in ("model", "sequential"):
+        assert reports[mode]["totals"]["bytes_h2d"] > 0
+    assert reports["auto"]["verdict"] == "resident"
+
+
+def _every_mode(server: Any, expected: list[str]) -> dict[str, Any]:
+    """Runs them all, the files already read -> their reports."""
+    assert server.digests(graph(twice=True)) == expected
+    server.opened()
+    reports = {}
+    for mode in MODES:
+        queued = server.queue(graph(mode=mode, twice=True))
+        outputs = server.wait(queued)["outputs"]
+        assert [outputs[node]["digest"][0] for node in sorted(outputs)] == expected
+        report = reports[mode] = server.get(f"/offload/report/{queued}")
+        assert report["world"] == "pipeline" and report["policy"]["mode"] == mode
+        assert report["totals"]["denoise_s"] > 0 and report["totals"]["decode_s"] > 0
+        assert report["totals"]["bytes_d2h"] == 0
+    assert server.opened() == []
+    return reports
+
+
+def test_steps_are_shown_and_an_interrupt_leaves_nothing(server: Any, expected: list[str]) -> None:
+    with server.listen() as listener:
+        queued = server.queue(graph(seed=10, steps=5), listener.client)
+        assert server.wait(queued)["status"]["status_str"] == "success"
+        values = [data["value"] for data in listener.of("progress") if data["prompt_id"] == queued]
+        assert values == sorted(values) and values[-1] == 5 and listener.of("progress")[-1]["max"] == 5
+        queued = server.queue(graph(steps=900), listener.client)
+        listener.wait_for("progress", prompt_id=queued)
+        server.interrupt()
+        status = server.wait(queued)["status"]
+    assert status["status_str"] == "error"
+    assert "execution_interrupted" in [message[0] for message in status["messages"]]
+    assert server.digests(graph(twice=True)) == expected
+
+
+def test_after_free_it_is_read_again_and_right(server: Any, expected: list[str]) -> None:
+    assert server.digests(graph(twice=True)) == expected
+    server.opened()
+    server.free()
+    assert (
+        server.digests(graph(twice=True, mode="none")) == expected
+    )  # another graph, or the host answers from its cache
+    # the library that reads the text encoders opens them where no audit sees it
+    assert "diffusion_pytorch_model.safetensors" in server.opened()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tiny_sdlx", ("Near it are tiny_sdxl",)),
+        ("../checkpoints", ("refused", "extra_model_paths.yaml")),
+        ("/etc", ("refused",)),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_runs(server: Any, name: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(HostError) as caught:
+        server.queue(graph(name))
+    assert "the prompt was refused" in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_pickled_pipeline_is_refused_and_the_queue_goes_on(server: Any, models: Path, expected: list[str]) -> None:
+    place = models / "diffusers" / "pickled"
+    shutil.copytree(models / "diffusers" / "tiny_sdxl", place)
+    try:
+        weights = place / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        info = server.object_info("PipelineLoaderWithOffload")["PipelineLoaderWithOffload"]["input"]["required"]
+        listed = info["pipeline_name"]
+        assert "pickled" in str(listed) and "tiny_sdxl" in str(listed)
+        status = server.wait(server.queue(graph("pickled")))["status"]
+    finally:
+        shutil.rmtree(place)
+    error = next(data for kind, data in status["messages"] if kind == "execution_error")
+    assert error["node_type"] == "PipelineLoaderWithOffload"
+    assert "component 'unet' has only pickled weights" in error["exception_message"]
+    assert "safe_serialization" in error["exception_message"]
+    assert server.digests(graph(twice=True)) == expected
+
+
+def test_the_wrong_socket_and_values_name_the_remedy(server: Any) -> None:
+    wrong = graph()
+    node = next(key for key, value in wrong.items() if value["class_type"] == "PipelineGenerate")
+    wrong["90"] = {"class_type": "VAELoader", "inputs": {"vae_name": "taesd"}}
+    wrong[node]["inputs"]["pipeline"] = ["90", 0]
+    with pytest.raises(HostError, match="OFFLOAD_PIPELINE"):
+        server.queue(wrong)
+    little = graph(twice=True)
+    for value in little.values():
+        if "strength" in value["inputs"]:
+            value["inputs"]["strength"] = 0.1
+    status = server.wait(server.queue(little))["status"]
+    error = next(data for kind, data in status["messages"] if kind == "execution_error")
+    assert "strength: got 0.1 with 3 steps" in error["exception_message"]
