@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..offload.policy import OffloadPolicy
 from . import stock, words
+from .missing import message_of
 from .policy import PolicySocket, known_to_host
 
 
@@ -50,10 +51,12 @@ class ApplyOffloadPolicy(io.ComfyNode):
         from ..offload.adapters.comfyui import apply_policy
 
         given = {"model": model, "clip": clip, "vae": vae}
-        applied = {name: apply_policy(policy, obj) for name, obj in given.items() if obj is not None}
+        there = {name: obj for name, obj in given.items() if obj is not None and message_of(obj) is None}
+        applied = {name: apply_policy(policy, obj) for name, obj in there.items()}
         stock.hold(*(done.obj for done in applied.values()))
         lines = words.record(policy, applied.items())
-        if not applied:
+        lines += [message for obj in given.values() if (message := message_of(obj)) is not None]
+        if not lines:
             lines = ["Nothing is connected: connect a model, a clip or a vae."]
-        results = [applied[name].obj if name in applied else None for name in given]
+        results = [applied[name].obj if name in applied else obj for name, obj in given.items()]
         return io.NodeOutput(*results, ui=words.say(lines))

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..offload.policy import OffloadPolicy
 from . import files, stock, words
 from .files import NONE
+from .missing import Missing
 from .policy import PolicySocket, known_to_host
 from .sources import Chosen, named_in, problem
 
@@ -150,18 +151,12 @@ def _inputs() -> list[Any]:
     ]
 
 
-def _missing(name: str, chosen: Chosen) -> Any:
-    """What stands at an output that the files hold nothing for: a node that uses it shows the remedy."""
+def _missing(name: str, chosen: Chosen) -> Missing:
+    """What stands at an output that the files hold nothing for."""
     source = "checkpoint" if chosen.checkpoint != NONE else "diffusion_model"
     file = chosen.checkpoint if source == "checkpoint" else chosen.diffusion_model
     remedy = {
-        "model": "choose a diffusion model at 'diffusion_model'",
         "clip": "choose its text encoder at 'text_encoder'",
         "vae": "choose its VAE at 'vae'",
     }[name]
-    text = f"Load Model (Offload) has no {name} to give: {file!r} at '{source}' holds none; {remedy}"
-    try:
-        from comfy_execution.graph_utils import ExecutionBlocker
-    except ImportError:
-        return None
-    return ExecutionBlocker(text)
+    return Missing(f"Load Model (Offload) has no {name} to give: {file!r} at '{source}' holds none; {remedy}")

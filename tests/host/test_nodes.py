@@ -144,13 +144,17 @@ def test_parts_beside_a_checkpoint_take_the_place_of_its_own(loader: Any) -> Non
     assert {"tiny_checkpoint.safetensors", "tiny_clip.safetensors", "taesd3_decoder.safetensors"} <= set(names)
 
 
-def test_what_the_files_do_not_hold_names_the_remedy(loader: Any) -> None:
-    from comfy_execution.graph_utils import ExecutionBlocker
-
+def test_what_the_files_do_not_hold_names_the_remedy(
+    loader: Any, stock_nodes: ModuleType, pack: Pack, policy: type
+) -> None:
     model, clip, vae = loader.execute(diffusion_model="tiny_sd3.safetensors").args
     assert model.model is not None
-    assert isinstance(clip, ExecutionBlocker) and "choose its text encoder at 'text_encoder'" in clip.message
-    assert isinstance(vae, ExecutionBlocker) and "choose its VAE at 'vae'" in vae.message
+    with pytest.raises(AttributeError, match="choose its VAE at 'vae'"):
+        stock_nodes.VAEDecode().decode(vae, {"samples": torch.zeros(1, 16, 8, 8)})
+    with pytest.raises(AttributeError, match="choose its text encoder at 'text_encoder'"):
+        stock_nodes.CLIPTextEncode().encode(clip, "a cat")
+    made = pack("nodes.apply").ApplyOffloadPolicy.execute(policy=policy(), clip=clip, vae=vae)
+    assert made.args == (None, clip, vae) and "choose its VAE" in made.ui["text"][1]
 
 
 # ---------------------------------------------------------------------- read once

@@ -162,7 +162,7 @@ def test_a_pickled_file_is_refused_with_the_remedy(root: Path, name: str) -> Non
 
 def test_a_missing_file_lists_near_ones(root: Path) -> None:
     header(root / "checkpoints" / "xl" / "Juggernaut_XL_v9.safetensors", KEYS["checkpoint"])
-    with pytest.raises(ValueError, match="got 'juggernautXL_v9[.]safetensors', which is not there") as caught:
+    with pytest.raises(ValueError, match=r"got 'juggernautXL_v9[.]safetensors', which is not there") as caught:
         files.find("checkpoint", "juggernautXL_v9.safetensors", "checkpoints")
     assert "near it: xl/Juggernaut_XL_v9.safetensors" in str(caught.value)
 
