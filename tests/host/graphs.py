@@ -36,8 +36,8 @@ def stock_loaders(build: Builder) -> tuple[Link, Link, Link]:
 
 
 def policy_node(build: Builder, fields: dict[str, Any]) -> Link:
-    """An OffloadPolicy with these fields; the others as the host's form has them (`object_info`'s defaults)."""
-    return [build.add("OffloadPolicy", **fields), 0]
+    """An OffloadPolicy with these fields; what is left out has its default."""
+    return [build.add("OffloadPolicy", **{"mode": "auto", **fields}), 0]
 
 
 def our_loaders(build: Builder, fields: dict[str, Any]) -> tuple[Link, Link, Link]:
@@ -133,22 +133,4 @@ def changed(graph: Graph, class_type: str, **inputs: Any) -> Graph:
     graph = copy.deepcopy(graph)
     node = next(node for node in graph.values() if node["class_type"] == class_type)
     node["inputs"].update(inputs)
-    return graph
-
-
-def with_defaults(graph: Graph, object_info: dict[str, Any]) -> Graph:
-    """A copy in which every required widget that a node lacks has the default of `/object_info`."""
-    graph = copy.deepcopy(graph)
-    for node in graph.values():
-        described = object_info[node["class_type"]]["input"]
-        for name, spec in described.get("required", {}).items():
-            options = spec[1] if len(spec) > 1 else {}
-            if name in node["inputs"]:
-                continue
-            if "default" in options:
-                node["inputs"][name] = options["default"]
-            elif isinstance(spec[0], list):
-                node["inputs"][name] = spec[0][0]
-            elif spec[0] == "COMBO":
-                node["inputs"][name] = options["options"][0]
     return graph

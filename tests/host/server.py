@@ -182,7 +182,7 @@ class HostServer:
     def digests(self, prompt: dict[str, Any]) -> list[str]:
         """Queues and waits -> what the graph's `TestDigest` nodes wrote, in the order of their ids."""
         outputs = self.run(prompt)
-        return [outputs[node]["digest"][0] for node in sorted(outputs) if "digest" in outputs[node]]
+        return [outputs[node]["digest"][0] for node in sorted(outputs, key=int) if "digest" in outputs[node]]
 
     def interrupt(self) -> None:
         self.post("/interrupt")
