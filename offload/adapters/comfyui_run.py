@@ -136,6 +136,8 @@ class Run:
 
     def now(self, *, ask: bool = True) -> RunReport:
         """The figures so far. ask: the device too; only on the thread that drives it."""
+        if ask:
+            self.ledger.drain()
         return self._take(so_far(self.ledger._record), ended=False, ask=ask)
 
     # ------------------------------------------------------------------ its end

@@ -188,7 +188,7 @@ class PromptRuns:
         if comfyui_host.dynamic_vram() or not LOADERS & host.node_types(prompt_id):
             return None
         module = _device_module()
-        with _logged("opening the device"):
+        with host.logged("opening the device"):
             made: Session | None = None if module is None else module.open_device_session()
             return made
         return None
@@ -198,8 +198,9 @@ class PromptRuns:
         wanted = host.stock_wanted()
         if wanted != self._restored:
             module = _device_module()
-            if module is not None:
-                module.restore_stock(on=wanted)
+            with host.logged("restoring the stock host"):
+                if module is not None:
+                    module.restore_stock(on=wanted)
         if wanted:
             run.note("stock", f'"Restore stock behaviour" is on ({host.RESTORE}): everything was detached.')
         self._restored = wanted
@@ -235,6 +236,12 @@ class PromptRuns:
         for _, record in run.shown:
             record.update(made)
 
+    def _retell(self, run: Run) -> None:
+        """The node's text in /history: no object that could be completed, so it is put in its place."""
+        for node, record in run.shown:
+            if node is not None:
+                host.rewrite_text(run.prompt_id, node, text_of(record))
+
     def _settle(self, run: Run) -> bool:
         """The host's word on the end, the file, and everybody who wants to know; False while the host is silent."""
         with host.queue_lock(), self.lock:
@@ -243,9 +250,7 @@ class PromptRuns:
                 return False
             if run.amend(ending):
                 self._complete(run)
-            for node, record in run.shown:  # a text is no object that can be completed, so it is put in its place
-                if node is not None:
-                    host.rewrite_text(run.prompt_id, node, text_of(record))
+            self._retell(run)
         result = run.result
         assert result is not None
         self._publish(run, result)
@@ -260,7 +265,7 @@ class PromptRuns:
         if self._on_close:
             report = run.made or result.report(cap=HISTORY_ROWS)
             for callback in self._on_close:
-                with _logged("a report's receiver"):
+                with host.logged("a report's receiver"):
                     callback({**report, "client_id": run.client_id})
 
     def _write(self, run: Run, result: RunReport) -> None:
@@ -272,6 +277,7 @@ class PromptRuns:
             with host.queue_lock(), self.lock:
                 run.no_file(failed)
                 self._complete(run)
+                self._retell(run)
             _log.warning("Balanced Offload: %s was not written: %s", run.file["filename"], failed)
 
     # ------------------------------------------------------------------ the watcher
@@ -285,7 +291,7 @@ class PromptRuns:
     def _look(self) -> None:
         sampled = idled = 0.0
         while True:
-            with _logged("the watcher"):
+            with host.logged("the watcher"):
                 now = perf_counter()
                 run = self._run
                 if run is not None and now - sampled >= SAMPLE_S:
@@ -322,7 +328,7 @@ class PromptRuns:
         run.closely = bool(told)
         self._live = snapshot(run, self._live)
         for callback in told:
-            with _logged("a telemetry receiver"):
+            with host.logged("a telemetry receiver"):
                 callback(self._live)
 
     def _meet(self, now: float) -> None:
@@ -350,7 +356,7 @@ class PromptRuns:
             if host.running():
                 return
             for callback in self._on_idle:
-                with _logged("housekeeping"):
+                with host.logged("housekeeping"):
                     callback()
 
 
@@ -389,12 +395,3 @@ def _holding() -> bool:
         session = device_session()
         return bool(module.hosted()) or (session is not None and bool(session.components))
     return False
-
-
-@contextlib.contextmanager
-def _logged(what: str) -> Any:
-    """Nothing that watches may end a prompt, or the watcher."""
-    try:
-        yield
-    except Exception:
-        _log.warning("Balanced Offload: %s failed", what, exc_info=True)

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +52,15 @@ class NodeWatch(Protocol):
     def started(self, node_id: str, prompt_id: str) -> None: ...
     def progressed(self, node_id: str, value: float, most: float) -> None: ...
     def finished(self, node_id: str) -> None: ...
+
+
+@contextlib.contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Nothing that watches may end a prompt, or the watcher."""
+    try:
+        yield
+    except Exception:
+        _log.warning("Balanced Offload: %s failed", what, exc_info=True)
 
 
 # ---------------------------------------------------------------------- the queue
