@@ -1,0 +1,197 @@
+"""Invariant: the routes only read; what cannot be served is said, and everything else goes on working."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from balanced_offload.nodes import server as routes
+from balanced_offload.offload.adapters import comfyui_runs
+from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
+
+from .report_prompts import Node, Prompts
+
+web = pytest.importorskip("aiohttp.web", reason="aiohttp is the host's; without it there is no server to test")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
+    made = Prompts(tmp_path, monkeypatch)
+    made.server.routes = web.RouteTableDef()  # type: ignore[attr-defined]
+    made.server.app = web.Application()  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.fixture
+def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
+    made = PromptRuns(session=lambda: None)
+    monkeypatch.setattr(comfyui_runs, "_runs", made)
+    monkeypatch.setattr(routes, "device_session", lambda: None)
+    monkeypatch.setattr(routes, "_registered", [])
+    monkeypatch.setattr(routes, "_off", {})
+    return made
+
+
+@pytest.fixture
+def get(prompts: Prompts, runs: PromptRuns) -> Callable[[str], tuple[int, Any]]:
+    """GET over a real socket on loopback -> (status, JSON)."""
+    assert routes.register_routes() == {}
+
+    async def fetch(path: str) -> tuple[int, Any]:
+        from aiohttp.test_utils import TestClient, TestServer
+
+        application = web.Application()
+        application.add_routes(prompts.server.routes)  # type: ignore[attr-defined]
+        async with TestClient(TestServer(application, host="127.0.0.1")) as client:
+            answer = await client.get(path)
+            text = await answer.text()
+            return answer.status, json.loads(text) if answer.content_type == "application/json" else text
+
+    return lambda path: asyncio.run(fetch(path))
+
+
+def test_status(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]) -> None:
+    code, status = get("/offload/status")
+    assert code == 200
+    assert status["live"]["prompt_id"] is None and status["components"] == [] and status["policy"] is None
+    assert set(status["worlds"]) == {"static", "dynamic", "pipeline", "observe"}
+    assert status["telemetry"]["clients"] == {} and status["off"] == {} and status["stock"]["wanted"] is False
+
+
+def test_telemetry_by_status(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
+    code, answer = get("/offload/status?telemetry=browser")
+    assert code == 400 and "no websocket" in answer["error"]
+    prompts.server.sockets["browser"] = object()
+    code, answer = get("/offload/status?telemetry=browser")
+    assert code == 200 and list(answer["telemetry"]["clients"]) == ["browser"]
+
+
+def test_telemetry_and_the_end_of_a_run_reach_the_client(
+    prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]
+) -> None:
+    import time
+
+    prompts.server.sockets["browser"] = object()
+    get("/offload/status?telemetry=browser")
+    prompts.run(
+        Node("1", "KSampler", lambda: (runs.touch("observe"), time.sleep(0.5))), prompt_id="p", client="browser"
+    )
+    end = time.monotonic() + 5
+    while not prompts.server.sent_of("offload.report"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    samples = prompts.server.sent_of("offload.telemetry")
+    assert 2 <= len(samples) <= 7 and {sid for _, sid in samples} == {"browser"}
+    assert set(samples[-1][0]) == {
+        *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved")
+    }
+    assert samples[-1][0]["prompt_id"] == "p" and samples[-1][0]["node"] == "1"
+    [(message, sid)] = prompts.server.sent_of("offload.report")
+    assert sid == "browser" and message["prompt_id"] == "p" and message["verdict"] == "resident" and message["text"]
+
+
+def test_runs_and_reports(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]) -> None:
+    for number in range(3):
+        prompts.run(Node("1", "KSampler", lambda: runs.touch("observe")), prompt_id=f"p{number}")
+    code, answer = get("/offload/runs?limit=2")
+    assert code == 200 and [row["prompt_id"] for row in answer["runs"]] == ["p2", "p1"]
+    assert answer["runs"][0]["verdict"] == "resident" and "moves" not in answer["runs"][0]
+    code, report = get("/offload/report/p1")
+    assert code == 200 and report["schema"] == "offload-report/1" and report["prompt_id"] == "p1"
+    assert get("/offload/report/p9")[0] == 404
+    assert get("/offload/report/..%2f..%2fetc%2fpasswd")[0] == 404
+
+
+@pytest.mark.parametrize("limit", ["0", "65", "-1", "1e3", "x", "", "9" * 40, "../a", "٣"])
+def test_limits_that_are_refused(get: Callable[[str], tuple[int, Any]], limit: str) -> None:
+    code, answer = get(f"/offload/runs?limit={limit}")
+    assert code == 400 and "allowed is a whole number from 1 to 64" in answer["error"]
+
+
+def test_routes_only_read(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
+    ours = list(prompts.server.routes)  # type: ignore[attr-defined]
+    assert {route.path for route in ours} == {"/offload/status", "/offload/runs", "/offload/report/{prompt_id}"}
+    assert {route.method for route in ours} == {"GET"}
+
+
+def test_registered_once(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
+    assert routes.register_routes() == {} and routes.register_routes() == {}
+    assert len(list(prompts.server.routes)) == 3 and len(prompts.server.on_prompt_handlers) == 1  # type: ignore[attr-defined]
+
+
+def test_the_prompt_handler_passes_the_prompt_on(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
+    document = {"prompt": {"1": {}}}
+    assert prompts.server.on_prompt_handlers[0](document) is document
+
+
+def test_another_pack_has_a_route(prompts: Prompts, runs: PromptRuns, caplog: pytest.LogCaptureFixture) -> None:
+    async def theirs(request: Any) -> Any:
+        return web.json_response({"theirs": True})
+
+    prompts.server.routes.get("/offload/report/{id}")(theirs)  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING):
+        off = routes.register_routes()
+    assert list(off) == ["/offload/report/{prompt_id}"]
+    assert "/offload/report/{prompt_id} is off: another pack has this route" in caplog.text
+    mine = [route.path for route in prompts.server.routes if route.handler is not theirs]  # type: ignore[attr-defined]
+    assert mine == ["/offload/status", "/offload/runs"]
+    assert routes.status(runs, SimpleNamespace(clients=dict))["off"] == off  # type: ignore[arg-type]
+
+
+def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "_off", {})
+    monkeypatch.setattr(routes.comfyui_host, "server", lambda: None)
+    assert routes.register_routes() == {}
+
+
+def test_a_server_without_routes(prompts: Prompts, runs: PromptRuns, caplog: pytest.LogCaptureFixture) -> None:
+    del prompts.server.routes  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING):
+        assert "/offload" in routes.register_routes()
+    assert "takes no routes" in caplog.text
+
+
+def test_a_host_that_announces_no_prompts(prompts: Prompts, runs: PromptRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(prompts.server), "add_on_prompt_handler", None)
+    assert list(routes.register_routes()) == ["observe"]
+
+
+def test_no_handler_asks_a_device(
+    prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device in the middle of a run is asked by the thread that drives it, and by no other."""
+    import threading
+
+    asked: list[str] = []
+    answers: list[Any] = []
+
+    def work() -> None:
+        runs.touch("observe")
+        run = runs._run
+        assert run is not None
+        worker = threading.current_thread()
+        for name in ("memory", "peak_allocated", "synchronize", "mark"):
+            real = getattr(run.backend, name)
+
+            def watched(*given: Any, real: Any = real, name: str = name) -> Any:
+                if threading.current_thread() is not worker:
+                    asked.append(name)
+                return real(*given)
+
+            monkeypatch.setattr(run.backend, name, watched)
+        other = threading.Thread(
+            target=lambda: answers.extend([get("/offload/status"), get("/offload/report/p"), get("/offload/runs")])
+        )
+        other.start()
+        other.join()
+
+    prompts.run(Node("1", "KSampler", work), prompt_id="p")
+    assert [code for code, _ in answers] == [200, 200, 200] and answers[1][1]["ended"] is False
+    assert asked == []
