@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .units import Storage, TensorRef, aligned
+from .units import Storage, TensorRef, aligned, counts_writes
 
 if TYPE_CHECKING:
     from .weights import Weights
@@ -63,7 +63,7 @@ class Binding:
         self.ups = [*zip(targets, views, strict=True), *wrappers]
         self.downs = [*zip(targets, homes, strict=True), *wrappers]
         # what was made in inference mode counts no writes, and running statistics are written without being counted
-        self.counted = [ref.writes for ref in self._refs if not ref.writes.is_inference()]
+        self.counted = [ref.writes for ref in self._refs if counts_writes(ref.writes)]
         self.suspects = [ref for ref in self._refs if ref.keeps_statistics or ref.storage in weights.looks]
         self.versions = self.versions_now()
         self.bound = False

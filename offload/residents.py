@@ -16,7 +16,7 @@ from .backend import Backend, Mark
 from .binding import stretches
 from .copies import copies_ordered
 from .ledger import Ledger, Reason
-from .units import Component, Unit
+from .units import Component, Unit, counts_writes
 from .weights import Weights
 
 
@@ -131,7 +131,7 @@ class Residents:
     def _versions(unit: Unit) -> list[int]:
         """How often each tensor of a unit was written in place; -1 where that is not counted."""
         counters = [ref.writes for storage in unit.storages for ref in storage.refs]
-        return [-1 if counter.is_inference() else counter._version for counter in counters]
+        return [counter._version if counts_writes(counter) else -1 for counter in counters]
 
     def _copy(
         self,

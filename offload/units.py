@@ -250,13 +250,22 @@ class _Shelf:
                 plain.stride(),
                 int(plain.storage_offset()),
                 is_buffer,
-                plain.is_inference(),
+                plain.is_inference() or not (isinstance(part.target, OwnMemory) or counts_writes(plain)),
                 unit.module,
                 part.wrappers,
             )
             storage.refs.append(ref)
             storage.wrappers += [wrapper for wrapper in part.wrappers if wrapper not in storage.wrappers]
         ref.holders.append((unit.module, attribute))
+
+
+def counts_writes(tensor: torch.Tensor) -> bool:
+    """Whether torch counts what is written to it: not what was made in inference mode, even where it was moved outside
+    of it since, and neither passes for an inference tensor now nor works as any other."""
+    try:
+        return int(tensor._version) >= 0
+    except RuntimeError:
+        return False
 
 
 def _parts(component: str, name: str, tensor: torch.Tensor, anatomy: Anatomy) -> list[Part]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..backend import open_backend
@@ -69,6 +70,7 @@ class Hosted:
         sweep()
         managed = session.components.get(self.name)
         if managed is None:
+            count_writes(self.module)
             managed = session.host(self.name, self.module, self.policy, role=self.role, entries=self.entries)
         else:
             session.set_policy(self.name, self.policy)
@@ -96,6 +98,20 @@ class Hosted:
             session.remove(self.name)
         if self.patching is not None:
             self.patching.remove()
+
+
+def count_writes(module: nn.Module) -> None:
+    """Have torch count what is written to the buffers of a model that was loaded in inference mode, as a host does.
+
+    Without a count we would have to bring a buffer down to see whether its model wrote to it. Parameters stay: nobody
+    writes to those in a forward.
+    """
+    known: dict[int, torch.Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_inference() and type(buffer) is torch.Tensor:
+                    part._buffers[name] = known.setdefault(id(buffer), buffer.clone())
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
@@ -296,6 +312,7 @@ __all__ = [
     "FreedHere",
     "Hosted",
     "close_device_session",
+    "count_writes",
     "device_session",
     "free_stock_models",
     "free_to_fit",

@@ -64,3 +64,22 @@ def test_a_buffer_that_stays_as_it_is_is_trusted_by_and_by(sim: ModuleType) -> N
             net(x)
             session.free()
             assert copied(sim, lambda: [net(x) for _ in range(3)])["d2h_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_weights_made_in_inference_mode_and_moved_outside_of_it(sim: ModuleType, name: str) -> None:
+    """As a host leaves them that unloads its models between two prompts: no inference tensors, and yet no count."""
+    make, inputs = TOYS[name]
+    for mode in MODES:
+        with torch.inference_mode():
+            net = build(make)
+            twin = clone(net)
+            net.to(DEVICE)
+        net.to("cpu")
+        with session_for(net, mode) as session:
+            for i in range(6):
+                with torch.inference_mode():
+                    assert torch.equal(net(inputs(i).to(DEVICE)).cpu(), twin(inputs(i))), (mode, i)
+                if i == 3:
+                    session.free()
+        assert same_values(values_of(twin), net)

@@ -254,3 +254,18 @@ def test_clones_know_the_whole_size(ours: Ours, sim_host: Any, models: Path) -> 
     sim_host.management.unload_all_models()
     assert clone.model_size() == whole // 2
     assert super(type(clone), clone).model_size() == whole
+
+
+def test_a_model_loaded_in_inference_mode_sends_nothing_down(ours: Ours, sim_host: Any, models: Path) -> None:
+    """As the host loads them. Their buffers would have to come down to see whether they were written."""
+    with torch.inference_mode():
+        stock = load_model(models, "sd3")
+    sample(stock, "sd3")
+    sim_host.moved()
+    wanted = sample(stock, "sd3")
+    results = sim_host.moved()["d2h_bytes"]
+    sim_host.management.unload_all_models()  # between two prompts: outside of inference mode
+    for fields in (policy_of("balanced", stock.model_size()), {"mode": "sequential"}, {"mode": "sequential"}):
+        sim_host.moved()
+        assert torch.equal(sample(ours.apply(stock, **fields), "sd3"), wanted)
+        assert sim_host.moved()["d2h_bytes"] == results
