@@ -141,7 +141,8 @@ def _run(arguments: argparse.Namespace, batch: Batch, server: Server) -> int:
     with Journal(resume, batch.fingerprint, len(batch.items), output) as journal:
         lacked = results.repair(journal.done)
         total = len(batch.items)
-        progress = Progress(total, len(journal.done))
+        left = total - len(journal.done)
+        progress = Progress(len(journal.done) + min(left, arguments.limit or left), len(journal.done))
         progress.say(f"{batch.sentence}; results: {output}")
         if journal.resumed:
             more = f" ({lacked} rows put back into {output.name})" if lacked else ""

@@ -32,8 +32,7 @@ class Outcome:
     @property
     def verdict(self) -> str | None:
         """The report's verdict."""
-        verdict = (self.report or {}).get("verdict")
-        return str(verdict) if verdict is not None else None
+        return _verdict(self.report)
 
     @property
     def fine(self) -> bool:
@@ -60,7 +59,7 @@ def read_entry(entry: Mapping[str, Any], prompt_id: str) -> Outcome:
         found = list(_files(kinds))
         images += found
         makers |= {str(node)} if found else set()
-    reused = {str(node) for event, told in messages if event == "execution_cached" for node in told.get("nodes") or ()}
+    reused = {str(node) for event, told in messages if event == "execution_cached" for node in _list(told.get("nodes"))}
     return Outcome(
         status=status,
         error=error,
@@ -108,21 +107,26 @@ def figures(report: Mapping[str, Any] | None) -> dict[str, Any]:
 
     def of(section: str, name: str) -> Any:
         held = (report or {}).get(section)
-        return held.get(name) if isinstance(held, dict) else None
+        found = held.get(name) if isinstance(held, dict) else None
+        return found if isinstance(found, (int, float, str)) else None
 
-    down, up = of("totals", "bytes_h2d"), of("totals", "bytes_d2h")
-    peaks = [peak for name in ("peak_device", "peak_torch", "peak_noted") if (peak := of("vram", name))]
-    hints = (report or {}).get("hints")
+    def number(section: str, name: str) -> Any:
+        found = of(section, name)
+        return None if isinstance(found, str) else found
+
+    down, up = number("totals", "bytes_h2d"), number("totals", "bytes_d2h")
+    peaks = [peak for name in ("peak_device", "peak_torch", "peak_noted") if (peak := number("vram", name))]
+    hints = _list((report or {}).get("hints"))
     return {
-        "verdict": (report or {}).get("verdict"),
+        "verdict": _verdict(report),
         "mode": of("resolved", "mode"),
         "fits": (report or {}).get("fits"),
-        "wall_s": of("totals", "wall_s"),
+        "wall_s": number("totals", "wall_s"),
         "peak_vram": max(peaks, default=None),
         "moved_bytes": None if down is None else down + (up or 0),
-        "onload_s": of("totals", "onload_s"),
-        "stall_s": of("totals", "stall_s"),
-        "hints": [str(hint.get("code")) for hint in hints if isinstance(hint, dict)] if isinstance(hints, list) else [],
+        "onload_s": number("totals", "onload_s"),
+        "stall_s": number("totals", "stall_s"),
+        "hints": [str(hint.get("code")) for hint in hints if isinstance(hint, dict)],
     }
 
 
@@ -139,10 +143,18 @@ def live_step(status: Mapping[str, Any] | None, prompt_id: str) -> str:
     return ""
 
 
+def _verdict(report: Mapping[str, Any] | None) -> str | None:
+    verdict = (report or {}).get("verdict")
+    return str(verdict) if verdict is not None else None
+
+
+def _list(held: Any) -> list[Any]:
+    return held if isinstance(held, list) else []
+
+
 def _messages(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     status = entry.get("status")
-    told = status.get("messages") if isinstance(status, dict) else None
-    for message in told if isinstance(told, list) else ():
+    for message in _list(status.get("messages") if isinstance(status, dict) else None):
         if isinstance(message, (list, tuple)) and len(message) == 2 and isinstance(message[1], dict):
             yield str(message[0]), message[1]
 
@@ -172,8 +184,8 @@ def _files(kinds: Any) -> Iterator[str]:
     if not isinstance(kinds, dict):
         return
     for held in kinds.values():
-        for told in held if isinstance(held, list) else ():
+        for told in _list(held):
             if isinstance(told, dict) and isinstance(told.get("filename"), str):
-                folder, kind = told.get("subfolder") or "", told.get("type", "output")
+                folder, kind = str(told.get("subfolder") or ""), told.get("type", "output")
                 name = f"{folder}/{told['filename']}" if folder else told["filename"]
                 yield name.replace("\\", "/") + ("" if kind == "output" else f" [{kind}]")

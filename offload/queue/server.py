@@ -63,10 +63,11 @@ class Server:
         except ValueError as error:
             raise Asked(f"--host: got {url!r}: {error}") from None
         plain = not (parts.query or parts.fragment or parts.username or parts.password)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not plain or not url.isprintable():
+        if parts.scheme not in ("http", "https") or not _is_name(parts.hostname) or not plain or not url.isprintable():
             raise Asked(f"--host: got {url!r}, allowed: http://NAME:PORT or https://NAME[:PORT][/PATH], no user name")
         self._secure = parts.scheme == "https"
-        self._name, self._port, self._path = parts.hostname, port, parts.path.rstrip("/")
+        self._name, self._port = str(parts.hostname), port
+        self._path = quote(parts.path.rstrip("/"), safe="/%")
         self._timeout_s = timeout_s
         shown = f"[{self._name}]" if ":" in self._name else self._name
         self.url = f"{parts.scheme}://{shown}{f':{port}' if port else ''}{self._path}"
@@ -161,7 +162,8 @@ class Server:
         if status in _AWAY_CODES or (status >= 500 and path.startswith(_NEEDED)):
             raise Away(f"status {status} from {path}")
         try:
-            return status, json.loads(raw) if raw else None
+            # NaN and Infinity are no JSON, though Python writes them: not known, as far as a row goes
+            return status, json.loads(raw, parse_constant=lambda _: None) if raw else None
         except (ValueError, RecursionError):
             return status, None
 
@@ -209,11 +211,23 @@ class Server:
             made.connect()
         except ssl.SSLCertVerificationError as error:
             raise NotTheHost(f"{self.url}: its certificate does not hold ({error.verify_message})") from None
+        except ssl.SSLEOFError as error:
+            raise Away(_said(error), delivered=False) from None
+        except ssl.SSLError as error:
+            raise NotTheHost(f"{self.url}: speaks no https ({error.reason}); give --host http://...") from None
         except socket.gaierror as error:
             raise Away(f"no such name: {error.strerror}", delivered=False) from None
         except (OSError, http.client.HTTPException) as error:
             raise Away(_said(error), delivered=False) from None
         return made
+
+
+def _is_name(name: str | None) -> bool:
+    """Whether it can be the name or the address of a machine."""
+    try:
+        return bool(name) and " " not in str(name) and bool(str(name).encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _said(error: Exception) -> str:

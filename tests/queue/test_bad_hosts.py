@@ -157,6 +157,7 @@ def test_one_id_for_two_prompts(host: Host, queue: Queue, output: Path) -> None:
         ("box", "http://box"),
         ("https://box/comfy/", "https://box/comfy"),
         ("http://[::1]:8188/", "http://[::1]:8188"),
+        ("https://bücher.example/ä", "https://bücher.example/%C3%A4"),
     ],
 )
 def test_urls(url: str, shown: str) -> None:
@@ -164,7 +165,18 @@ def test_urls(url: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://box", "file:///etc", "http://", "http://u:p@box", "http://box?x=1", "http://box:no", "http://b\nx"]
+    "url",
+    [
+        "ftp://box",
+        "file:///etc",
+        "http://",
+        "http://u:p@box",
+        "http://box?x=1",
+        "http://box:no",
+        "http://b\nx",
+        "http://a b",
+        "http://" + "x" * 70,
+    ],
 )
 def test_urls_that_are_refused(url: str, workflow: Path, tmp_path: Path) -> None:
     with pytest.raises(Asked):
@@ -173,6 +185,12 @@ def test_urls_that_are_refused(url: str, workflow: Path, tmp_path: Path) -> None
     assert ended.code == 2
     assert "--host" in ended.err
     assert not (tmp_path / "r.csv").exists()
+
+
+def test_https_where_there_is_none(host: Host, queue: Queue) -> None:
+    ended = queue("--host", host.url.replace("http:", "https:"))
+    assert ended.code == 3
+    assert "speaks no https" in ended.err
 
 
 def test_a_path_before_the_api_is_kept(host: Host, queue: Queue) -> None:
