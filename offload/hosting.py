@@ -201,4 +201,6 @@ class HostSession(Session):
         if managed.on_foreign is None or managed.running:
             return super()._convert(managed, name, method, args, kwargs)
         managed.on_foreign()
+        if self.components.get(managed.name) is managed:  # nobody let go
+            return super()._convert(managed, name, method, args, kwargs)
         return getattr(managed.module, name)(*args, **kwargs)

@@ -115,13 +115,15 @@ def count_writes(module: nn.Module) -> None:
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """`method`, without keeping its object alive."""
+    """`method`, without keeping its object alive; where that is gone, what it left is swept."""
     found = weakref.WeakMethod(method)
 
     def call() -> None:
         alive = found()
         if alive is not None:
             alive()
+        else:
+            sweep()
 
     return call
 
