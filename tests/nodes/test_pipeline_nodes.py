@@ -1,4 +1,4 @@
-"""Invariant: what a saved workflow names in the pipeline nodes stays, and what they cannot do is said in plain words."""
+"""Invariant: what a saved workflow names in the pipeline nodes stays; what they cannot do is said in plain words."""
 
 from __future__ import annotations
 
