@@ -47,7 +47,7 @@ def record(policy: OffloadPolicy, applied: Iterable[tuple[str, Any]]) -> list[st
     runs().on_idle(stock.drop_idle)
     lines = []
     for name, done in applied:
-        runs().touch(done.world, policy)
+        runs().touch("observe" if done.world == "foreign" else done.world, policy)
         runs().note("foreign" if done.world == "foreign" else "policy", f"{name}: {done.notice}")
         lines.append(f"{name}: {done.notice}")
     return lines

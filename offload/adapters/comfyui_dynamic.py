@@ -23,6 +23,7 @@ from typing import Any
 
 from ..policy import ComponentInfo, OffloadPolicy, Role
 from . import comfyui_host
+from .comfyui_device import restored
 from .comfyui_host import KEY
 from .comfyui_pager import (
     Limits,
@@ -38,6 +39,7 @@ from .comfyui_pager import (
     watermark,
     words,
 )
+from .comfyui_runs import runs
 
 PAGER_KEY = f"{KEY}_pager"
 """Of the callback and the wrapper that state the limits; other parts of the pack have keys of their own."""
@@ -59,7 +61,6 @@ class Marks:
     policy: OffloadPolicy
     info: ComponentInfo
     module: weakref.ref[Any]
-    silent: bool = False
     limits: Limits = field(default_factory=Limits)
     failures: list[str] = field(default_factory=list)
     _vbar: weakref.ref[Any] | None = None
@@ -68,10 +69,8 @@ class Marks:
         """The host's ON_LOAD: the last thing of every load. A static delegate of the host has no pages."""
         find = getattr(patcher, "_vbar_get", None)
         vbar = find() if find is not None else None
-        if vbar is None or self.silent:
+        if vbar is None or restored():
             return
-        from .comfyui_runs import runs
-
         runs().touch("dynamic", self.policy)
         self._vbar = weakref.ref(vbar)
         _owners[patcher.model] = self
@@ -81,7 +80,7 @@ class Marks:
     def on_sample(self, executor: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The host's SAMPLER_SAMPLE: a node between load and sampling may have ended and taken the floor along."""
         vbar, module = self.vbar(), self.module()
-        if vbar is not None and not self.silent and module is not None and _owners.get(module) is self:
+        if vbar is not None and not restored() and module is not None and _owners.get(module) is self:
             if self.limits.prioritize:
                 self._ask(vbar, "prioritize")
             self._state(vbar)
@@ -92,8 +91,7 @@ class Marks:
         return None if self._vbar is None else self._vbar()
 
     def release(self) -> None:
-        """State nothing any more, and leave the pages as a load of the stock host does."""
-        self.silent = True
+        """Leave the pages as a load of the stock host does, until the next one under this policy."""
         vbar, module = self.vbar(), self.module()
         if vbar is None or module is None or _owners.get(module) is not self:
             return
@@ -188,7 +186,7 @@ def unmark(patcher: Any) -> None:
 
 
 def release_all() -> None:
-    """For "Restore stock behaviour": no policy is stated to the pager any more."""
+    """For "Restore stock behaviour": at once, and not with the next load, which states nothing while it is on."""
     for marks in list(_living):
         marks.release()
     _owners.clear()
@@ -196,7 +194,7 @@ def release_all() -> None:
 
 def _shared(module: Any, policy: OffloadPolicy) -> str:
     """A clause when another policy is in force on a clone of the same module."""
-    others = [marks for marks in _living if marks.module() is module and not marks.silent and marks.policy != policy]
+    others = [marks for marks in _living if marks.module() is module and marks.policy != policy]
     return "; two policies share this model, and the one that is loaded last is in force" if others else ""
 
 

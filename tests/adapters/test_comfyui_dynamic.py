@@ -260,13 +260,25 @@ def test_the_hosts_static_delegate_is_left_alone() -> None:
     assert dynamic.state(delegate.model) is None
 
 
-def test_release_leaves_the_stock_host() -> None:
+def test_restored_the_host_is_stock_at_once_and_ours_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     patcher = under(model(), mode="balanced", high="64MiB", low="32MiB")
     patcher.sample()
+    monkeypatch.setattr(dynamic, "restored", lambda: True)
     dynamic.release_all()
-    assert patcher._vbar_get().mark == patcher._vbar_get().pages and patcher._vbar_get().limit == 0
-    assert patcher.sample() == [[]]
+    vbar = patcher._vbar_get()
+    assert vbar.mark == vbar.pages and vbar.limit == 0
+    assert patcher.sample(steps=2) == [[], []]
     assert dynamic.states() == []
+    monkeypatch.setattr(dynamic, "restored", lambda: False)
+    assert patcher.sample() == [[LEAF] * 28]
+
+
+def test_a_load_opens_the_prompts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[Any] = []
+    monkeypatch.setattr(dynamic, "runs", lambda: SimpleNamespace(touch=lambda *found: touched.append(found)))
+    patcher = under(model(), mode="model")
+    patcher.load()
+    assert touched == [("dynamic", OffloadPolicy(mode="model"))]
 
 
 def test_nothing_here_keeps_a_model_alive() -> None:
