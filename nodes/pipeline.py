@@ -12,10 +12,10 @@ from comfy_api.latest import io
 from ..offload.policy import OffloadPolicy
 from .pipeline_files import PipelineNameError, find_pipeline, host_roots, pipeline_names, stamp
 from .policy import PolicySocket, known_to_host
+from .words import CATEGORY, aliases, say
 
 PipelineSocket = io.Custom("OFFLOAD_PIPELINE")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-_ALIASES = ["lowvram", "block swap", "unload", "oom", "vram", "offload"]
 _LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
@@ -28,13 +28,13 @@ class PipelineLoaderWithOffload(io.ComfyNode):
             io.Schema,
             node_id="PipelineLoaderWithOffload",
             display_name="Load Diffusers Pipeline (Offload)",
-            category="Offload",
+            category=CATEGORY,
             description=(
                 "Loads a diffusers pipeline (a folder with a model_index.json below models/diffusers, safetensors "
                 "only) under an offload policy. Changing the policy never reads the files again. ComfyUI counts the "
                 "pipeline's models and can have their VRAM back. Needs diffusers and transformers in ComfyUI's Python."
             ),
-            search_aliases=[*_ALIASES, "diffusers", "pipeline"],
+            search_aliases=aliases("diffusers", "pipeline"),
             inputs=[
                 PolicySocket.Input(
                     "policy",
@@ -90,7 +90,7 @@ class PipelineLoaderWithOffload(io.ComfyNode):
 
         folder = find_pipeline(pipeline_name, host_roots())
         found = pipelines().open(folder, pipeline_name, policy or OffloadPolicy(), stamp=stamp(folder), dtype=dtype)
-        return io.NodeOutput(found)
+        return io.NodeOutput(found, ui=say([found.notice]))
 
 
 class PipelineGenerate(io.ComfyNode):
@@ -102,13 +102,13 @@ class PipelineGenerate(io.ComfyNode):
             io.Schema,
             node_id="PipelineGenerate",
             display_name="Generate (Diffusers)",
-            category="Offload",
+            category=CATEGORY,
             description=(
                 "Draws with a diffusers pipeline. With an image connected it runs the pipeline's image-to-image kind "
                 "on the same models, nothing is loaded again. Shows progress, and stops between two steps when "
                 "interrupted."
             ),
-            search_aliases=[*_ALIASES, "diffusers", "txt2img", "img2img", "pipeline"],
+            search_aliases=aliases("diffusers", "txt2img", "img2img", "pipeline"),
             inputs=_generate_inputs(),
             outputs=[io.Image.Output("image_out", display_name="image", tooltip="The picture that was drawn.")],
         )
@@ -127,7 +127,8 @@ class PipelineGenerate(io.ComfyNode):
         image: Any = None,
         strength: float = 0.75,
     ) -> Any:
-        from ..offload.adapters.comfyui_pipeline import OffloadPipeline, Request
+        from ..offload.adapters.comfyui_generate import Request
+        from ..offload.adapters.comfyui_pipeline import OffloadPipeline
 
         if not isinstance(pipeline, OffloadPipeline):
             raise TypeError(

@@ -114,6 +114,17 @@ def _of_image(image: torch.Tensor, given: dict[str, Any], with_strength: bool, r
     return found
 
 
+def left_out(pipe: Any, request: Request) -> list[str]:
+    """What was asked for and the pipeline does not know, a sentence each."""
+    taken, kind = _parameters(pipe), type(pipe).__name__
+    found = []
+    if request.negative.strip() and "negative_prompt" not in taken:
+        found.append(f"negative: {kind} has no negative prompt; it was left out.")
+    if request.image is not None and "strength" not in taken:
+        found.append(f"strength: {kind} takes an image without a strength; it was left out.")
+    return found
+
+
 def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipe).__call__).parameters)
 

@@ -8,6 +8,7 @@ with its policy; the models stay as long as one of those is alive.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Hashable
@@ -21,7 +22,7 @@ from ..session import Session
 from . import comfyui_device, comfyui_host
 from .attachments import attachments_of
 from .comfyui_folder import choose_dtype, choose_variant
-from .comfyui_generate import Request, generate, variant_for
+from .comfyui_generate import Request, generate, left_out, variant_for
 from .comfyui_runs import runs
 from .guards import ExecutionDevice, check_part, check_pipeline, refusals
 from .loading import load_pipeline
@@ -32,6 +33,14 @@ NOT_INSTALLED = (
     "This node needs diffusers and transformers, which are not installed. Install them into the host's Python "
     "(`python -m pip install diffusers transformers`) and start the host again; the other nodes work without them."
 )
+
+_MEANS = {
+    OffloadMode.AUTO: "all models stay on the device if the run fits, else your card's profile applies",
+    OffloadMode.NONE: "all models are on the device whole",
+    OffloadMode.BALANCED: "each model stays up to the high mark, the rest streams behind the compute",
+    OffloadMode.MODEL: "one model at a time is on the device, whole",
+    OffloadMode.SEQUENTIAL: "the models stream layer by layer",
+}
 
 
 class DiffusersMissing(ImportError):
@@ -85,6 +94,8 @@ class LoadedPipeline:
 
     def _take(self, parts: list[Part], policy: OffloadPolicy, undo: contextlib.ExitStack) -> None:
         session = self.session = comfyui_device.open_device_session()
+        if policy.mode is OffloadMode.NONE:  # which would load all of it now, before the host has made room
+            policy = dataclasses.replace(policy, mode=OffloadMode.AUTO)
         for part in parts:
             patcher = comfyui_device.part_patcher(part.module, part.name, part.role, policy)
             undo.callback(_give_back, patcher)
@@ -198,6 +209,14 @@ class OffloadPipeline:
         """The largest of them, by which the host's cache knows that a model hangs on this output; None without any."""
         return max(self.patchers, key=lambda patcher: patcher.model_size(), default=None)
 
+    @property
+    def notice(self) -> str:
+        """Which world this is and what the policy means there, a sentence."""
+        if comfyui_host.load_device().type == "cpu":
+            return "Pipeline: this host computes on the CPU, so weights are where they are used and nothing is moved."
+        mode = OffloadMode(self.policy.mode)
+        return f"Pipeline, placed by this pack and counted by ComfyUI (mode {mode.value}): {_MEANS[mode]}."
+
     def generate(self, request: Request) -> torch.Tensor:
         """Pictures [B, H, W, C], float32 on the CPU, in 0..1.
 
@@ -215,6 +234,11 @@ class OffloadPipeline:
         assert session is not None
         for name in loaded.patchers:
             comfyui_device.used_in_this_run(name)
+        for sentence in left_out(pipe, request):
+            runs().note("ignored", sentence)
+        tiled = sorted(attachments_of(session).tiling.active & loaded.patchers.keys())
+        if tiled:  # by the policy, or by a step down of a run before, which this report would not know of
+            runs().note("tiled", f"{', '.join(tiled)} works in tiles, which changes pixels slightly.")
         peak, _ = session.stages.peaks.largest()
         comfyui_host.model_management().load_models_gpu(self.patchers, memory_required=peak)
         return generate(pipe, request, session.ledger)
@@ -261,7 +285,9 @@ class PipelineStore:
             loaded = LoadedPipeline(pipe, name)
             loaded.attach(policy)
             self._loaded[key] = loaded
-        return OffloadPipeline(loaded, policy)
+        found = OffloadPipeline(loaded, policy)
+        runs().note("policy", f"{name}: {found.notice}")
+        return found
 
     def _key(self, folder: Path, stamp: Hashable, dtype: str) -> _Key:
         """What "auto" comes to is in the files, which are opened for it once."""

@@ -26,6 +26,7 @@ from balanced_offload.offload.adapters.comfyui_generate import (
     Request,
     call_arguments,
     generate,
+    left_out,
     pictures,
     variant_for,
 )
@@ -201,6 +202,17 @@ def test_values_that_leave_nothing_to_do_name_the_field_and_what_is_allowed() ->
         call_arguments(Edits(), Request("x", steps=4, image=image(), strength=0.2))
     with pytest.raises(GenerateError, match=r"image: got a tensor \[32, 32, 3\], allowed is"):
         call_arguments(Edits(), Request("x", image=image()[0]))
+
+
+def test_what_was_left_out_is_said() -> None:
+    class Plain:
+        def __call__(self, prompt: str, image: Any = None) -> None: ...
+
+    assert left_out(build_sd(), SD) == [] and left_out(Plain(), Request("x")) == []
+    assert left_out(Plain(), Request("x", "y", image=image())) == [
+        "negative: Plain has no negative prompt; it was left out.",
+        "strength: Plain takes an image without a strength; it was left out.",
+    ]
 
 
 # ---------------------------------------------------------------------- the kind of pipeline
