@@ -76,6 +76,7 @@ def draw(
     image: str | None = None,
     steps: int = 3,
     size: int = 64,
+    batch: int = 1,
     save: bool = False,
 ) -> Graph:
     """txt2img, or img2img from the input file `image`, with digests of the latent and the picture."""
@@ -85,7 +86,7 @@ def draw(
     positive = build.add("CLIPTextEncode", text=prompt, clip=clip)
     negative = build.add("CLIPTextEncode", text="blurry", clip=clip)
     if image is None:
-        latent = [build.add("EmptySD3LatentImage", width=size, height=size, batch_size=1), 0]
+        latent = [build.add("EmptySD3LatentImage", width=size, height=size, batch_size=batch), 0]
     else:
         pixels = build.add("LoadImage", image=image)
         latent = [build.add("VAEEncode", pixels=[pixels, 0], vae=vae), 0]

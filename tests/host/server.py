@@ -79,8 +79,9 @@ class HostServer:
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--use-pytorch-cross-attention", "--disable-auto-launch", *self.arguments]
-        paths = [str(HERE / "shim"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **self.environment}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
+        paths = [str(HERE / "shim"), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             environment.setdefault(name, "1")
         with self.log_file.open("ab") as log:
@@ -178,6 +179,12 @@ class HostServer:
             raise HostError(f"the prompt failed: {json.dumps(entry['status'])[:3000]}\n{self.log()[-3000:]}")
         outputs: dict[str, Any] = entry["outputs"]
         return outputs
+
+    @staticmethod
+    def error_of(entry: dict[str, Any]) -> str:
+        """The message on the node that failed, "" where none did."""
+        errors = [data for name, data in entry["status"]["messages"] if name == "execution_error"]
+        return "".join(f"{data['exception_type']}: {data['exception_message']}" for data in errors)
 
     def digests(self, prompt: dict[str, Any]) -> list[str]:
         """Queues and waits -> what the graph's `TestDigest` nodes wrote, in the order of their ids."""
