@@ -43,7 +43,7 @@ def held(server: HostServer) -> int:
 
 
 def test_a_hundred_prompts_leave_rss_and_device_flat(own_server: HostServer) -> None:
-    """Policies, prompts and LoRA alternate in a cycle of four; the host's caches hold no more after 100 than after 20."""
+    """Policies, prompts and LoRA alternate in a cycle of four: after 100 it holds what it held after 20."""
     cycle = itertools.cycle(
         [
             {"fields": {"mode": "auto"}, "prompt": "a cat"},
