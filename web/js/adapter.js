@@ -1,22 +1,14 @@
 /**
- * Invariant: the only file that touches the front end. It adds one setting, and shows what a node of ours says as text
- * below its widgets; without it every node works the same.
+ * Invariant: the only file that touches the front end. It adds one setting, and shows the text of a VRAM Report on the
+ * node, completed when the prompt ends; without it every node works the same.
  *
  * The setting is read by the pack on the server from ComfyUI's settings; nothing has to be sent.
  */
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
-/** Those that return `text`, what they did in words, have it shown. */
-const OURS = new Set([
-  "OffloadPolicy",
-  "ModelLoaderWithOffload",
-  "ApplyOffloadPolicy",
-  "PipelineLoaderWithOffload",
-  "PipelineGenerate",
-  "FreeVRAMToFit",
-  "VRAMReport",
-]);
+/** The other nodes of the pack say what they did by the host's own line of progress text. */
+const REPORT = "VRAMReport";
 const HEIGHT = 72;
 
 /**
@@ -30,7 +22,7 @@ function say(node, text) {
     const box = document.createElement("textarea");
     box.readOnly = true;
     box.className = "comfy-multiline-input";
-    box.setAttribute("aria-label", `${node.title ?? ""}: what it did`);
+    box.setAttribute("aria-label", `${node.title ?? ""}: where time and VRAM went`);
     widget = node.addDOMWidget?.("balanced_offload_text", "balanced_offload_text", box, {
       serialize: false,
       hideOnZoom: false,
@@ -69,7 +61,7 @@ app.registerExtension({
   ],
   /** @param {any} node */
   nodeCreated(node) {
-    if (!OURS.has(node.comfyClass)) return;
+    if (node.comfyClass !== REPORT) return;
     const before = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
       before?.call(this, output, ...rest);
