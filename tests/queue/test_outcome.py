@@ -16,11 +16,24 @@ from balanced_offload.offload.queue.results import Results, line_of, make_row
 
 from .stub import a_report
 
-words = st.sampled_from(
-    "outputs status messages images filename type vram_report prompt_id totals nodes wall_s bytes_h2d vram peak_torch "
-    "hints code verdict timestamp execution_cached id execution_error execution_interrupted status_str subfolder "
-    "resolved mode step steps".split()
+WORDS = (
+    *("outputs", "status", "messages", "images", "filename", "type", "subfolder", "vram_report", "prompt_id", "nodes"),
+    *(
+        "totals",
+        "wall_s",
+        "bytes_h2d",
+        "vram",
+        "peak_torch",
+        "hints",
+        "code",
+        "verdict",
+        "resolved",
+        "mode",
+        "timestamp",
+    ),
+    *("execution_cached", "execution_error", "execution_interrupted", "status_str", "step", "steps", "id"),
 )
+words = st.sampled_from(WORDS)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=4),
