@@ -126,7 +126,7 @@ def test_telemetry_only_for_those_that_asked(server: HostServer) -> None:
 
 # ---------------------------------------------------------------------- our models
 def copied_by(server: HostServer, mode: str, seeds: tuple[int, ...]) -> tuple[Graph, dict[str, Any], int]:
-    """Prompts that differ in their seed -> the last one's graph and record, and bytes copied to the device by its log."""
+    """Prompts that differ in their seed -> the last one's graph and record, and the bytes that went to the device."""
     for seed in seeds:
         server.reset_counters()
         graph, node = with_report(graphs.ours({"mode": mode}, seed=seed))
