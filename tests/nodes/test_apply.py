@@ -10,7 +10,7 @@ import pytest
 from balanced_offload.offload.adapters import comfyui, comfyui_runs
 from balanced_offload.offload.policy import OffloadPolicy
 
-from .test_loader import Patcher, Wrapper
+from .stock_host import Patcher, Wrapper
 
 
 @pytest.fixture
