@@ -274,6 +274,11 @@ class StreamEngine:
         self.abort()
         self.stream.resize(self.plan.ring_bytes if self.plan is not None else 0)
 
+    def hold(self, indexes: Iterable[int]) -> None:
+        """Units that may not flow: where they are not resident, each forward brings them up when it begins."""
+        self._upfront |= set(indexes)
+        self.held_units |= self._upfront
+
     def watch(self) -> bool:
         """Watch the next forwards for tensors that are used outside their module; False where that is done already."""
         if self._watched_last:

@@ -74,6 +74,7 @@ class Hosted:
             managed = session.host(self.name, self.module, self.policy, role=self.role, entries=self.entries)
         else:
             session.set_policy(self.name, self.policy)
+        managed.engine.hold(_asked_for_their_device(managed))
         managed.on_placed = None if self.patching is None else self.patching.placed
         managed.on_foreign = _weakly(self.release) if self.world == "static" else None
         return managed
@@ -98,6 +99,17 @@ class Hosted:
             session.remove(self.name)
         if self.patching is not None:
             self.patching.remove()
+
+
+def _asked_for_their_device(managed: Managed) -> set[int]:
+    """Units whose weight an older host asks where to compute: the embeddings of its text encoders."""
+    asked: set[int] = set()
+    for part in managed.module.modules():
+        find = getattr(getattr(part, "transformer", None), "get_input_embeddings", None)
+        if find is not None and not hasattr(part, "execution_device"):
+            embeddings = find()
+            asked |= {unit.index for unit in managed.component.units if unit.module is embeddings}
+    return asked
 
 
 def count_writes(module: nn.Module) -> None:
@@ -225,6 +237,9 @@ def restore_stock(on: bool = True) -> None:
             for item in hosted():
                 if item.world != "pipeline":
                     item.release()
+            from .comfyui_dynamic import release_all
+
+            release_all()
         _restored = on
 
 

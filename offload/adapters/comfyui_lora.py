@@ -46,7 +46,8 @@ class WeightPatch:
         pristine = getattr(self.site.module, self.site.param)
         work = pristine.detach().to(dtype=host.lora_dtype(pristine.device), copy=True)
         out = comfy.lora.calculate_weight(self.patches, work, self.site.key)
-        return comfy.float.stochastic_rounding(out, pristine.dtype, seed=_seed(self.site.key))
+        rounded: torch.Tensor = comfy.float.stochastic_rounding(out, pristine.dtype, seed=_seed(self.site.key))
+        return rounded
 
 
 class Patches:
