@@ -14,7 +14,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from importlib import import_module
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +27,7 @@ from .comfyui_runs_nodes import NodeTrack, Opener
 from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ROWS, ReportStore, write
 
-OPEN_S, IDLE_S, SAMPLE_S = 0.025, 1.0, 0.1  # how often the watcher looks
+OPEN_S, SAMPLE_S, SLOW_S, IDLE_S = 0.025, 0.1, 0.5, 1.0  # how often the watcher looks
 LINGER_S = 60.0  # of looking now and then after a prompt, for what dies with the host's caches
 EXPECT_S = 2.0  # a prompt is announced before it is checked and queued
 HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
@@ -187,9 +186,8 @@ class PromptRuns:
         """
         if comfyui_host.dynamic_vram() or not LOADERS & host.node_types(prompt_id):
             return None
-        module = _device_module()
         with host.logged("opening the device"):
-            made: Session | None = None if module is None else module.open_device_session()
+            made: Session | None = _device_module().open_device_session()
             return made
         return None
 
@@ -197,10 +195,8 @@ class PromptRuns:
         """The setting "Restore stock behaviour", looked at once per prompt."""
         wanted = host.stock_wanted()
         if wanted != self._restored:
-            module = _device_module()
             with host.logged("restoring the stock host"):
-                if module is not None:
-                    module.restore_stock(on=wanted)
+                _device_module().restore_stock(on=wanted)
         if wanted:
             run.note("stock", f'"Restore stock behaviour" is on ({host.RESTORE}): everything was detached.')
         self._restored = wanted
@@ -309,7 +305,10 @@ class PromptRuns:
             self._wake.clear()
 
     def _pause(self) -> float | None:
-        if self._run is not None or self._unsettled or self._expected:
+        run = self._run
+        if run is not None and run.hooked and not self._unsettled:  # its end wakes us: no need to look for it
+            return SAMPLE_S if run.closely else SLOW_S
+        if run is not None or self._unsettled or self._expected:
             return OPEN_S
         recent = perf_counter() - self._last_end < LINGER_S
         return IDLE_S if self._on_idle and (recent or _holding()) else None
@@ -376,22 +375,20 @@ def runs() -> PromptRuns:
 
 
 def _device_module() -> Any:
-    with contextlib.suppress(ImportError):
-        return import_module(".comfyui_device", __package__)
-    return None
+    from . import comfyui_device  # here: patchers below it import this file
+
+    return comfyui_device
 
 
 def device_session() -> Session | None:
     """The session of the host's device, None where nothing was attached yet."""
-    module = _device_module()
-    found: Session | None = None if module is None else module.device_session()
+    found: Session | None = _device_module().device_session()
     return found
 
 
 def _holding() -> bool:
     """Whether anything of the host's is held by us."""
-    module = _device_module()
     with contextlib.suppress(Exception):
         session = device_session()
-        return bool(module.hosted()) or (session is not None and bool(session.components))
+        return bool(_device_module().hosted()) or (session is not None and bool(session.components))
     return False
