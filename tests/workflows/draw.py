@@ -27,7 +27,8 @@ LINKS = {
     "OFFLOAD_PIPELINE": "#b39ddb",
     "STRING": "#8bc98b",
 }
-MARGIN, HEADER, FOOTER, GAP, WIDEST = 30, 84, 84, 26, 340
+MARGIN, HEADER, FOOTER, GAP, WIDEST = 30, 72, 106, 26, 340
+# The template browser lays a label over the top left corner: the words stand below the drawing.
 SHOWN = {
     "OffloadPolicy": ("mode", "high"),
     "ModelLoaderWithOffload": ("checkpoint", "diffusion_model", "text_encoder", "text_encoder_2", "vae"),
@@ -60,8 +61,8 @@ def draw(graph: dict[str, Any], api: dict[str, Any], layout: dict[str, Any], kin
     _links(pen, graph, boxes)
     for key, box in boxes.items():
         _card(pen, box, api[key], kinds[api[key]["class_type"]])
-    _text(pen, (MARGIN, 28), layout["title"], font(30, bold=True), INK, SIZE - 2 * MARGIN)
-    _wrapped(pen, (MARGIN, SIZE - FOOTER + 8), layout["caption"], font(20), DIM, SIZE - 2 * MARGIN)
+    _text(pen, (MARGIN, SIZE - FOOTER + 8), layout["title"], font(30, bold=True), INK, SIZE - 2 * MARGIN)
+    _text(pen, (MARGIN, SIZE - FOOTER + 54), layout["caption"], font(21), DIM, SIZE - 2 * MARGIN)
     picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(to, "JPEG", quality=88, optimize=True)
 
 
@@ -181,17 +182,3 @@ def _text(
     while pen.textlength(text, font=face) > width * SCALE and len(text) > 2:
         text = text.removesuffix("…")[:-1].rstrip() + "…"
     pen.text((at[0] * SCALE, at[1] * SCALE), text, font=face, fill=fill)
-
-
-def _wrapped(
-    pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, face: ImageFont.FreeTypeFont, fill: str, width: float
-) -> None:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font=face) > width * SCALE and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    for place, line in enumerate(lines[:2]):
-        pen.text((at[0] * SCALE, (at[1] + 26 * place) * SCALE), line, font=face, fill=fill)
