@@ -6,6 +6,7 @@ One process and a small client; no more of the host is known here than its comma
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -34,6 +35,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes the host: a test run that is killed leaves no server behind."""
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+    prctl(set_death_signal, signal.SIGTERM)
 
 
 class HostServer:
@@ -86,7 +93,13 @@ class HostServer:
             environment.setdefault(name, "1")
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.host, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=self.host,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform.startswith("linux") else None,
             )
         until = time.monotonic() + READY
         while time.monotonic() < until:
