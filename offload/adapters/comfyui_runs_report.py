@@ -149,6 +149,8 @@ class RunReport:
         else:
             sources |= dict.fromkeys(("totals.encode_s", "totals.denoise_s", "totals.decode_s"), _OF_NODES)
             sources["verdict"] = "the host's account of its loaded models"
+        if self.worlds[0] == "dynamic":
+            sources["vram.peak_torch"] = "torch's allocator, without the weights in the host's pages"
         return sources
 
 
@@ -310,10 +312,12 @@ def text_of(report: Mapping[str, Any]) -> str:
     file = report.get("file") or {}
     if file.get("error"):
         told.append(f"{file['filename']} was not written: {file['error']}")
-    told += [event["text"] for event in report["events"] if event["kind"] in _TOLD]
-    lines[1:1] = [text if len(text) <= 180 else text[:177] + "..." for text in told[:4]]
+    # of each kind the latest first: where two policies meet on one model, that is said when the second one is loaded
+    said = sorted(reversed(report["events"]), key=lambda event: event["kind"] == "policy")
+    told += [event["text"] for event in said if event["kind"] in _TOLD]
+    lines[1:1] = [text if len(text) <= 180 else text[:177] + "..." for text in told[:5]]
     text = "\n".join(lines)
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
 
 
-_TOLD = ("policy", "foreign", "stock", "late")
+_TOLD = ("policy", "foreign", "stock", "late", "free")

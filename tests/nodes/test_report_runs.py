@@ -426,3 +426,18 @@ def test_live_asks_no_device(prompts: Prompts, runs: PromptRuns) -> None:
         Node("1", "KSampler", lambda: (runs.touch("observe"), time.sleep(0.3), seen.append(runs.live()))), prompt_id="p"
     )
     assert seen[0]["prompt_id"] == "p" and seen[0]["node"] == "1" and seen[0]["vram"]["weights"] is None
+
+
+def test_what_matters_comes_first_in_the_text(prompts: Prompts, runs: PromptRuns) -> None:
+    def work() -> None:
+        runs.touch("dynamic", OffloadPolicy(mode="balanced"))
+        for name in ("model", "clip", "vae"):
+            runs.note("policy", f"{name}: placed as asked")
+        runs.note("foreign", "gguf: passed through")
+        runs.note("policy", "model: two policies on clones of one model")
+
+    entry = prompts.run(Node("1", "ApplyOffloadPolicy", work), reporting(runs))
+    text = until(lambda: entry["outputs"]["9"]["text"][0] != "so far" and entry["outputs"]["9"]["text"][0])
+    lines = text.split("\n")
+    assert lines[2:4] == ["gguf: passed through", "model: two policies on clones of one model"]
+    assert len(text) <= 1024
