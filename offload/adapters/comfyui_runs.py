@@ -137,7 +137,8 @@ class PromptRuns:
         self._on_close.append(callback)
 
     def on_idle(self, callback: Callable[[], None]) -> None:
-        """Call about once a second while no prompt executes, under the queue's lock, on the watcher's thread."""
+        """Call where the host is in the middle of nothing, `/free` included, so that what is let go of may die: at a
+        prompt's end, and about once a second while the worker waits for the next one."""
         if callback not in self._on_idle:
             self._on_idle.append(callback)
 
@@ -174,7 +175,7 @@ class PromptRuns:
             run.note(kind, text)
         host.watch_nodes(prompt_id, run.track)
         run.track.met_before()
-        run.hooked = host.at_prompt_end(lambda: self._close(run))
+        run.hooked = host.at_prompt_end(lambda: self._end(run))
         self._restore(run)
         self._watch()
         return run
@@ -300,7 +301,9 @@ class PromptRuns:
                     self._meet(now)
                 if self._run is None and now - idled >= IDLE_S:
                     idled = now
-                    self._idle()
+                    with host.queue_lock():
+                        if host.worker_waits():
+                            self._keep_house()
             self._wake.wait(self._pause())
             self._wake.clear()
 
@@ -350,13 +353,15 @@ class PromptRuns:
             run = self._run
         return run.track if run is not None and run.prompt_id == prompt_id else None
 
-    def _idle(self) -> None:
-        with host.queue_lock():
-            if host.running():
-                return
-            for callback in self._on_idle:
-                with host.logged("housekeeping"):
-                    callback()
+    def _end(self, run: Run) -> None:
+        """The prompt's loop ends, on the worker's thread."""
+        self._close(run)
+        self._keep_house()
+
+    def _keep_house(self) -> None:
+        for callback in self._on_idle:
+            with host.logged("housekeeping"):
+                callback()
 
 
 # ---------------------------------------------------------------------- the one of this process

@@ -80,6 +80,15 @@ def _items() -> list[Any]:
     return list(running.values()) if isinstance(running, dict) else []
 
 
+def worker_waits() -> bool:
+    """Whether the host's worker waits for the next prompt; asked under the queue's lock, which keeps it there.
+
+    That no prompt executes would not do: the worker carries out `/free`, and collects garbage, between two prompts.
+    Where it cannot be seen (the condition's list of waiters is Python's own affair), it is never taken to wait.
+    """
+    return bool(getattr(getattr(queue(), "not_empty", None), "_waiters", None))
+
+
 def running() -> set[str]:
     """Ids of the prompts that execute; empty where nobody says."""
     with contextlib.suppress(Exception):

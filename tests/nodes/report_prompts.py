@@ -54,6 +54,7 @@ class Registry:
 class Queue:
     def __init__(self) -> None:
         self.mutex = threading.RLock()
+        self.not_empty = threading.Condition(self.mutex)
         self.currently_running: dict[int, Any] = {}
         self.queue: list[Any] = []
         self.history: dict[str, Any] = {}

@@ -368,26 +368,58 @@ def test_long_runs_are_packed(prompts: Prompts, runs: PromptRuns) -> None:
     assert isinstance(runs.store._kept["p"], bytes)
 
 
-def test_on_close_and_on_idle(prompts: Prompts, runs: PromptRuns) -> None:
+def test_on_close(prompts: Prompts, runs: PromptRuns) -> None:
     closed: list[dict[str, Any]] = []
-    idle: list[bool] = []
     runs.on_close(fail(ValueError("a receiver that fails")))
     runs.on_close(closed.append)
-
-    def free() -> bool:
-        """Whether another thread can take the queue's lock now."""
-        got: list[bool] = []
-        mutex = prompts.server.prompt_queue.mutex
-        thread = threading.Thread(target=lambda: got.append(mutex.acquire(blocking=False)))
-        thread.start()
-        thread.join()
-        return got[0]
-
-    runs.on_idle(lambda: idle.append(free()))
     prompts.run(Node("1", "A", lambda: runs.touch("observe")), prompt_id="p", client="browser")
-    until(lambda: closed and idle)
+    until(lambda: closed)
     assert closed[0]["prompt_id"] == "p" and closed[0]["client_id"] == "browser"
-    assert idle[0] is False, "called under the queue's lock"
+
+
+def test_models_are_let_go_of_where_the_host_uses_none(prompts: Prompts, runs: PromptRuns) -> None:
+    """At a prompt's end on its own thread, and from another one only while the worker waits for the next prompt: what
+    comes between (`/free`, garbage) it does on its own, and what dies then takes it along."""
+    queue = prompts.server.prompt_queue
+    called: list[tuple[threading.Thread, bool]] = []
+    threads: list[threading.Thread] = []
+
+    def let_go() -> None:
+        got: list[bool] = []
+
+        def try_it() -> None:
+            got.append(queue.mutex.acquire(blocking=False))
+            if got[0]:
+                queue.mutex.release()
+
+        other = threading.Thread(target=try_it)
+        other.start()
+        other.join()
+        called.append((threading.current_thread(), not got[0]))
+
+    def work() -> None:
+        threads.append(threading.current_thread())
+        runs.touch("observe")
+
+    runs.on_idle(let_go)
+    prompts.run(Node("1", "A", work), prompt_id="p")
+    settled(runs, "p")
+    assert called == [(threads[0], False)]
+    time.sleep(1.5)
+    assert len(called) == 1, "no prompt runs, but the worker is not seen to wait"
+
+    def worker() -> None:
+        with queue.not_empty:
+            queue.not_empty.wait(10)
+
+    waiting = threading.Thread(target=worker)
+    waiting.start()
+    until(lambda: len(called) > 1)
+    with queue.not_empty:
+        queue.not_empty.notify()
+    waiting.join()
+    thread, locked = called[1]
+    assert thread not in (threads[0], waiting) and locked, "under the queue's lock, so that the worker goes on waiting"
 
 
 def test_a_known_touch_is_cheap(prompts: Prompts, runs: PromptRuns) -> None:
