@@ -1,5 +1,6 @@
 """Lists, RAM, the collector and what is passed through; resolving changes nothing and is fast."""
 
+import gc
 import json
 import time
 import warnings
