@@ -92,6 +92,11 @@ class HostSession(Session):
         given = self._policy.resolve(self.machine, WorkingSet(())).reserve
         return dataclasses.replace(self._policy, reserve=given + self._reserve)
 
+    def _load_whole(self, managed: Managed) -> None:
+        """Mode none too loads with the stage: the host says when, once it has made room, and evicts when it likes."""
+        if self.backend.device.type == "cpu":
+            super()._load_whole(managed)
+
     def _unshadow(self, managed: Managed) -> None:
         """Never while a host may come back with another policy, or take the module over behind our back."""
 
@@ -192,7 +197,14 @@ class HostSession(Session):
     ) -> Any:
         if not managed.running:
             self._adopt(managed)
-        return super()._call(managed, entry, method, args, kwargs)
+        try:
+            return super()._call(managed, entry, method, args, kwargs)
+        except torch.OutOfMemoryError:
+            if managed.role == "vae":  # the host takes this for its sign to go on in tiles
+                self.ledger.event(
+                    "tiled", f"{managed.name}: no room for the whole picture; what follows is up to the host"
+                )
+            raise
 
     def _convert(
         self, managed: Managed, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -34,6 +34,36 @@ ENTRIES: dict[Role, tuple[str, ...]] = {
 }
 
 
+class Marks:
+    """What a model of the host carries because of us: weight patches, and that the host counts it as loaded.
+
+    Outlives the `Hosted`, and holds neither it nor the model.
+    """
+
+    def __init__(self) -> None:
+        self.patching = Patches()
+        self._model: weakref.ref[Any] | None = None
+        self._home: torch.device | None = None
+
+    def count(self, model: Any, home: torch.device) -> None:
+        """The host takes `model` for loaded from here on; its place in RAM is `home`."""
+        self._model, self._home = weakref.ref(model), home
+
+    def uncount(self) -> None:
+        """The host has taken note that it is not loaded."""
+        self._model = None
+
+    def clear(self) -> None:
+        """The module is the host's again, and not on the device: have it load the model when it is wanted next."""
+        self.patching.remove()
+        model = self._model() if self._model is not None else None
+        self._model = None
+        if model is not None:
+            model.device = self._home
+            model.model_loaded_weight_memory = 0
+            model.current_weight_patches_uuid = None
+
+
 class Hosted:
     """A module of the host under the device's session, shared by all patchers of ours for it."""
 
@@ -46,7 +76,7 @@ class Hosted:
         self.entries = ENTRIES.get(role, ("forward",))
         self.asked: set[OffloadPolicy] = set()  # policies under which it was loaded in the run `asked_in`
         self.asked_in: str | None = None
-        self.patching: Patches | None = None  # the host's weight patches on it, shared by the clones
+        self.marks = Marks()
 
     @property
     def managed(self) -> Managed | None:
@@ -75,7 +105,7 @@ class Hosted:
         else:
             session.set_policy(self.name, self.policy)
         managed.engine.hold(_asked_for_their_device(managed))
-        managed.on_placed = None if self.patching is None else self.patching.placed
+        managed.on_placed = self.marks.patching.placed
         managed.on_foreign = _weakly(self.release) if self.world == "static" else None
         return managed
 
@@ -97,8 +127,7 @@ class Hosted:
             managed = session.components[self.name]
             managed.on_placed = managed.on_foreign = None
             session.remove(self.name)
-        if self.patching is not None:
-            self.patching.remove()
+        self.marks.clear()
 
 
 def _asked_for_their_device(managed: Managed) -> set[int]:
@@ -143,7 +172,7 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
 _lock = threading.RLock()
 _session: HostSession | None = None
 _hosted: dict[int, weakref.ref[Hosted]] = {}
-_orphans: deque[tuple[int, str]] = deque()
+_orphans: deque[tuple[int, str, Marks]] = deque()
 _restored = False
 _runs: deque[tuple[str | None, set[str]]] = deque([(None, set())], maxlen=2)
 
@@ -188,7 +217,7 @@ def host_module(module: nn.Module, role: Role, policy: OffloadPolicy, world: str
             found = Hosted(module, attached or _free_name(name or role), role, policy, world)
             _hosted[id(module)] = weakref.ref(found)
             if attached is None:  # else somebody else manages it, and will take it out: a pipeline
-                weakref.finalize(found, _orphans.append, (id(module), found.name)).atexit = False
+                weakref.finalize(found, _orphans.append, (id(module), found.name, found.marks)).atexit = False
         found.policy = policy
         return found
 
@@ -198,7 +227,7 @@ def _components() -> list[Managed]:
 
 
 def _free_name(wanted: str) -> str:
-    taken = {item.name for item in hosted()} | {name for _, name in _orphans}
+    taken = {item.name for item in hosted()} | {name for _, name, _ in _orphans}
     if _session is not None:
         taken |= _session.components.keys()
     name, number = wanted, 1
@@ -216,16 +245,18 @@ def hosted() -> list[Hosted]:
 def sweep() -> None:
     """Take out of the session what nobody holds any more. Call it between calls of models, never inside one."""
     while _orphans:
-        key, name = _orphans.popleft()
+        key, name, marks = _orphans.popleft()
         known = _hosted.get(key)
         if known is not None and known() is None:
             del _hosted[key]
         if _session is not None and name in _session.components:
             if _session.components[name].running:  # its last patcher died in its own call: later
-                _orphans.append((key, name))
+                _orphans.append((key, name, marks))
                 return
-            _session.components[name].on_placed = None
+            managed = _session.components[name]
+            managed.on_placed = managed.on_foreign = None
             _session.remove(name)
+        marks.clear()
 
 
 def restore_stock(on: bool = True) -> None:

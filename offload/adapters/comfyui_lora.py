@@ -40,11 +40,14 @@ class WeightPatch:
     def patched(self) -> torch.Tensor:
         """The weight as the host would have it after a full load. Starts from the parameter itself: what a layer was
         given may have been cast already, and would round differently."""
+        return self.applied_to(getattr(self.site.module, self.site.param).detach())
+
+    def applied_to(self, pristine: torch.Tensor) -> torch.Tensor:
+        """The patched weight, where `pristine` is and in its dtype."""
         import comfy.float
         import comfy.lora
 
-        pristine = getattr(self.site.module, self.site.param)
-        work = pristine.detach().to(dtype=host.lora_dtype(pristine.device), copy=True)
+        work = pristine.to(dtype=host.lora_dtype(pristine.device), copy=True)
         out = comfy.lora.calculate_weight(self.patches, work, self.site.key)
         rounded: torch.Tensor = comfy.float.stochastic_rounding(out, pristine.dtype, seed=_seed(self.site.key))
         return rounded
@@ -61,27 +64,28 @@ class Patches:
         self._managed: Managed | None = None
         self._component: Any = None
         self._unit_of: dict[int, int] = {}
+        self._one_memory = False  # device and host share it: what is patched in place has no pristine master
 
     def install(self, patcher: Any, session: HostSession, managed: Managed) -> None:
         """Make the patches of `patcher` the ones that count. What they do not touch stays where it is."""
         self._managed = managed
+        self._one_memory = session.backend.shared_memory
         wanted = {key: list(patches) for key, patches in patcher.patches.items()}
         gone = [key for key in self._live if not _same(self._live[key].patches, wanted.get(key))]
         fixed = [key for key in self._fixed if not _same(self._fixed[key][1], wanted.get(key))]
         new = [key for key in wanted if (key not in self._live and key not in self._fixed) or key in (*gone, *fixed)]
-        self._restore_fixed(fixed)
         sites = {key: site for key in new if (site := _site(patcher.model, key)) is not None}
-        self._drop_units(session, managed, [*(self._live[key].site for key in gone), *sites.values()])
+        before = [*(self._live[key].site for key in gone), *(self._fixed[key][0] for key in fixed)]
+        self._drop_units(session, managed, [*before, *sites.values()])
+        self._restore_fixed(fixed)  # in RAM, now that nothing of it is on the device
         for key in gone:
             del self._live[key]
             self._in_place.discard(key)
         for key, site in sites.items():
-            if hasattr(site.module, f"{site.param}_function"):
+            if self._wants_function(managed, site):
                 self._live[key] = WeightPatch(site, wanted[key])
             else:
-                self._fix(site, wanted[key])
-        if sites.keys() & self._fixed.keys() or fixed:
-            session.refresh(managed.name)
+                self._fix(session, managed, site, wanted[key])
         self._wrappers = {key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()}
         self._write_functions(patcher.model, {*gone, *self._live, *self._wrappers})
         self.placed()
@@ -113,8 +117,8 @@ class Patches:
                 self._write(patch.site)
 
     def _patch_in_place(self, key: str, patch: WeightPatch) -> None:
-        if hasattr(patch.site.module, f"set_{patch.site.param}"):
-            return  # a format with rules of its own: its layer applies the function
+        if self._one_memory or self._is_shared(self._managed, patch.site):
+            return  # what is patched in place there would be patched for others, or for good
         try:
             with torch.no_grad():
                 out = patch.patched()
@@ -151,19 +155,59 @@ class Patches:
         functions: list[Any] = [] if patch is None or site.key in self._in_place else [patch]
         setattr(site.module, f"{site.param}_function", functions + self._wrappers.get(site.key, []))
 
-    # ------------------------------------------------------------------ parameters outside layers
-    def _fix(self, site: Site, patches: list[Any]) -> None:
-        """A parameter that no layer casts is patched in RAM, once; the pristine one is kept."""
-        pristine = getattr(site.module, site.param).detach().clone()
+    # ------------------------------------------------------------------ patched in RAM
+    def _wants_function(self, managed: Managed, site: Site) -> bool:
+        """Whether its layer casts it by a function when it is called, and nobody reads it otherwise.
+
+        Embeddings are read beside their layer's forward, for positions and for the device they are on.
+        """
+        if not hasattr(site.module, f"{site.param}_function"):
+            return False
+        if self._is_shared(managed, site):
+            return True  # the host patches the one of two tied weights that is named
+        unit = self._unit(managed, site.module)
+        return not isinstance(site.module, nn.Embedding) and unit not in managed.engine.held_units
+
+    def _is_shared(self, managed: Managed | None, site: Site) -> bool:
+        if managed is None:
+            return False
+        index = self._unit(managed, site.module)
+        unit = None if index is None else managed.component.units[index]
+        return unit is not None and (unit.tied or bool(unit.borrowed))
+
+    def _fix(self, session: HostSession, managed: Managed, site: Site, patches: list[Any]) -> None:
+        """Patch the master itself, once; what was pristine is kept beside it. Computed where the host computes it."""
+        weight = getattr(site.module, site.param)
+        pristine = weight.detach().to("cpu", copy=True)
         with torch.no_grad():
-            out = WeightPatch(site, patches).patched()
-        setattr(site.module, site.param, nn.Parameter(out, requires_grad=False))
+            out = WeightPatch(site, patches).applied_to(pristine.to(session.backend.device))
+        if out.shape != pristine.shape:
+            return  # nothing of this kind is known to change its shape
+        session.ledger.move(managed.name, "h2d", pristine.nbytes, "lora")
+        session.ledger.move(managed.name, "d2h", pristine.nbytes, "lora")
         self._fixed[site.key] = (site, patches, pristine)
+        _write_to(weight, out)
 
     def _restore_fixed(self, keys: Iterable[str]) -> None:
         for key in list(keys):
             site, _, pristine = self._fixed.pop(key)
-            setattr(site.module, site.param, nn.Parameter(pristine, requires_grad=False))
+            _write_to(getattr(site.module, site.param), pristine)
+
+
+def _write_to(weight: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.inference_mode():  # where both kinds of tensors may be written
+        weight.data.copy_(value)
+
+
+def patched_by_host(model: nn.Module, keys: Iterable[str]) -> bool:
+    """Whether some weight is of a format that only the host knows how to patch: with rules to read and write it."""
+    for key in keys:
+        site = _site(model, key)
+        if site is not None:
+            special = any(hasattr(site.module, f"{verb}_{site.param}") for verb in ("set", "convert"))
+            if special or type(getattr(site.module, site.param)) not in (torch.Tensor, nn.Parameter):
+                return True
+    return False
 
 
 def _site(model: nn.Module, key: str) -> Site | None:
@@ -171,9 +215,11 @@ def _site(model: nn.Module, key: str) -> Site | None:
     module: Any = model
     for name in path.split(".") if path else ():
         module = getattr(module, name, None)
-    return (
-        Site(module, param, key) if isinstance(module, nn.Module) and getattr(module, param, None) is not None else None
-    )
+    if not isinstance(module, nn.Module) or getattr(module, param, None) is None:
+        return None
+    # the host passes by what has parameters below it: a table of a block, say
+    below = any(True for part in module.children() for _ in part.parameters())
+    return None if below else Site(module, param, key)
 
 
 def _same(old: list[Any], new: list[Any] | None) -> bool:

@@ -21,7 +21,7 @@ from ..policy import OffloadPolicy
 from ..sizes import read_size
 from . import comfyui_host as host
 from .comfyui_device import Hosted, open_device_session, restored
-from .comfyui_lora import Patches
+from .comfyui_lora import patched_by_host
 from .comfyui_runs import runs
 
 
@@ -36,7 +36,6 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
 
     hosted: Hosted = None  # type: ignore[assignment]  # until `_join`: the host's constructor asks for sizes
     policy: OffloadPolicy
-    patching: Patches
 
     @classmethod
     def of(cls, patcher: Any, hosted: Hosted) -> OffloadModelPatcher:
@@ -48,9 +47,6 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
 
     def _join(self, hosted: Hosted, policy: OffloadPolicy) -> None:
         self.hosted, self.policy = hosted, policy
-        if hosted.patching is None:
-            hosted.patching = Patches()
-        self.patching = hosted.patching
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's; the clone goes by the same policy."""
@@ -87,7 +83,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
         """The host wants it on the device, within `extra_memory` bytes beyond what it has there."""
         runs().touch(self.hosted.world, self.policy)
         if self._goes_stock(device_to, force_patch_weights):
-            self._give_back()
+            self.hosted.release()
             return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
         with host.ejected(self):
             self._take_over()
@@ -96,7 +92,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
             self._move_rest(device_to)
             self._last_wins()
             managed = self.hosted.attach()
-            self.patching.install(self, open_device_session(), managed)
+            self.hosted.marks.patching.install(self, open_device_session(), managed)
             try:
                 self.hosted.load(self._activations(device_to, extra_memory))
             except BaseException:
@@ -108,7 +104,15 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
             return self.hosted.device_bytes - before
 
     def _goes_stock(self, device: torch.device, force: bool) -> bool:
-        return bool(device.type == "cpu" or force or self.hook_patches or self.forced_hooks or restored())
+        if device.type == "cpu" or device != host.load_device():
+            return True
+        if force or self.hook_patches or self.forced_hooks or restored():
+            return True
+        if self.patches and patched_by_host(self.model, self.patches):
+            text = f"{self.hosted.name}: its LoRA is on quantized weights, which the host patches and places itself"
+            runs().note("lora", text)
+            return True
+        return False
 
     def _take_over(self) -> None:
         """Undo what the stock way, or another clone's object patches, left on the module."""
@@ -157,6 +161,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
         model.model_loaded_weight_memory = max(1, self.hosted.device_bytes)
         model.model_lowvram = False  # so that the stock patcher of this module takes it as loaded, and lets it be
         model.current_weight_patches_uuid = self.patches_uuid
+        self.hosted.marks.count(model, self.offload_device)
 
     # ------------------------------------------------------------------ who reads the weights
     def get_key_patches(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,14 +195,7 @@ class OffloadModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[mis
             self.model.device = device_to
         self.model.model_loaded_weight_memory = 0
         self.model.current_weight_patches_uuid = None
-
-    def _give_back(self) -> None:
-        """From here on the module is the host's, as if we had never been there."""
-        if self.hosted.managed is not None:
-            self.hosted.release()
-            self.model.model_loaded_weight_memory = 0
-            self.model.current_weight_patches_uuid = None
-            self._move_rest(self.offload_device)
+        self.hosted.marks.uncount()
 
 
 class PartPatcher(OffloadModelPatcher):
