@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..offload.adapters.comfyui_runs import runs
+from ..offload.adapters.comfyui_runs_host import stock_wanted
 from .apply import ApplyOffloadPolicy
 from .free import FreeVRAMToFit
 from .loader import ModelLoaderWithOffload
@@ -33,7 +34,9 @@ class BalancedOffloadExtension(ComfyExtension):
 
 
 def _sweep() -> None:
-    """No prompt runs: let go of models that nobody holds any more."""
-    from ..offload.adapters.comfyui_device import sweep
+    """No model is in use: let go of those that nobody holds any more, and of all where stock behaviour is wanted."""
+    from ..offload.adapters.comfyui_device import restore_stock, sweep
 
     sweep()
+    if stock_wanted():
+        restore_stock()

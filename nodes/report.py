@@ -41,7 +41,7 @@ class VRAMReportNode(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.AnyType.Output("out", display_name="out", tooltip="What came in, unchanged."),
+                io.AnyType.Output("any", display_name="any", tooltip="What came in, unchanged."),
                 io.String.Output(
                     "report_json",
                     display_name="report_json",

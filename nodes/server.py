@@ -165,7 +165,7 @@ def status(known: PromptRuns, telemetry: Telemetry) -> dict[str, Any]:
         "components": _components(),
         "policy": _policy(),
         "stock": {"wanted": stock_wanted(), "setting": RESTORE},
-        "telemetry": {"clients": telemetry.clients(), "lasts_s": LASTS, "most": MOST},
+        "telemetry": {"clients": len(telemetry.clients()), "lasts_s": LASTS, "most": MOST},
         "off": dict(_off),
     }
 

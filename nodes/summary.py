@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..offload.adapters.comfyui_host import host_device
 from ..offload.backend import NoAcceleratorError, open_backend
 from ..offload.memory import machine
 from ..offload.policy import ComponentInfo, Machine, OffloadPolicy, ResolvedPolicy, WorkingSet
@@ -13,21 +14,27 @@ NO_ACCELERATOR = "No accelerator was found: everything runs from system memory a
 
 
 def describe_here(policy: OffloadPolicy) -> str:
-    """`describe` for the accelerator of this machine, or that there is none."""
+    """`describe` for the device on which the host computes, or that there is no accelerator."""
+    here = _here()
+    return NO_ACCELERATOR if here is None else describe(policy, here)
+
+
+def _here() -> Machine | None:
+    """The machine with the host's device, None where that is no accelerator."""
+    device = host_device()
+    if device is not None and device.type == "cpu":
+        return None
     try:
-        backend = open_backend()
+        return machine(open_backend(device))
     except NoAcceleratorError:
-        return NO_ACCELERATOR
-    return describe(policy, machine(backend))
+        return None
 
 
 def cannot_hold(policy: OffloadPolicy) -> str | None:
     """Why no run can hold `policy` on this machine, with the field and the remedy; None where one could."""
-    try:
-        backend = open_backend()
-    except NoAcceleratorError:
+    here = _here()
+    if here is None:
         return None
-    here = machine(backend)
     total = here.vram_total
     reserve = read_size("reserve", policy.reserve, auto=False).to_bytes("reserve", total) or 0
     if reserve >= total:

@@ -56,7 +56,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "vae_tiling": (
         "VAE tiling",
         "Decode the picture in tiles, which needs less VRAM but changes pixels slightly at the seams. "
-        "auto: only when the decode would not fit otherwise.",
+        "auto: only when the decode would not fit otherwise. For pipelines; ComfyUI's own VAEs are tiled by ComfyUI, "
+        "which does so by itself when a decode runs out of memory.",
     ),
     "before_decode": (
         "Before decode",

@@ -48,6 +48,11 @@ def load_device() -> torch.device:
     return device if isinstance(device, torch.device) else torch.device(device)
 
 
+def host_device() -> torch.device | None:
+    """`load_device`, None where no host's memory management is loaded."""
+    return load_device() if "comfy.model_management" in sys.modules else None
+
+
 def facts() -> HostFacts:
     """The host as it is now; safe without one (version None)."""
     return HostFacts(version(), dynamic_vram(), flags(), reserve())

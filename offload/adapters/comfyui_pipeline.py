@@ -70,7 +70,7 @@ class LoadedPipeline:
 
     @property
     def attached(self) -> bool:
-        """Whether the session has all of it: restoring the host's stock behaviour takes it from there."""
+        """Whether the session has all of it."""
         return self.session is not None and all(p.hosted.managed is not None for p in self.patchers.values())
 
     def attach(self, policy: OffloadPolicy) -> None:

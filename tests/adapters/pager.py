@@ -145,7 +145,7 @@ class StaticPatcher:
             kind = StaticPatcher
             if model_override is None:
                 if self.cached_patcher_init is None:
-                    raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init is not initialized.")
+                    raise RuntimeError("stand-in: whoever loaded this left no way to load it again")
                 loader, arguments = self.cached_patcher_init
                 model_override = loader(*arguments, disable_dynamic=True).get_clone_model_override()
         made = kind((model_override or self.get_clone_model_override())[0], self.pages)

@@ -17,7 +17,7 @@ GIB = 1 << 30
 def node(nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """OffloadPolicy on a 16 GiB card."""
     here = Machine("Test Card", "cuda", 16 * GIB, vram_free=15 * GIB, others=GIB, ram_total=32 * GIB)
-    monkeypatch.setattr(summary, "open_backend", lambda: object())
+    monkeypatch.setattr(summary, "open_backend", lambda device: object())
     monkeypatch.setattr(summary, "machine", lambda backend: here)
     return nodes["OffloadPolicy"]
 
@@ -54,7 +54,7 @@ def test_taken(node: Any, widgets: dict[str, Any]) -> None:
 
 
 def test_without_an_accelerator_only_the_fields_are_judged(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_here() -> None:
+    def none_here(device: Any) -> None:
         raise NoAcceleratorError("none")
 
     monkeypatch.setattr(summary, "open_backend", none_here)

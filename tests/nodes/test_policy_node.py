@@ -24,7 +24,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Machine:
     here = Machine(
         "Test Card", "cuda", 16 * GIB, vram_free=15 * GIB, others=GIB, ram_total=32 * GIB, ram_limit=None, memlock=None
     )
-    monkeypatch.setattr(summary, "open_backend", lambda: object())
+    monkeypatch.setattr(summary, "open_backend", lambda device: object())
     monkeypatch.setattr(summary, "machine", lambda backend: here)
     return here
 
@@ -156,7 +156,7 @@ def test_the_sentence_for_a_fixed_mode(
 
 
 def test_without_an_accelerator_the_sentence_says_so(nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_here() -> None:
+    def none_here(device: Any) -> None:
         raise NoAcceleratorError("none")
 
     monkeypatch.setattr(summary, "open_backend", none_here)

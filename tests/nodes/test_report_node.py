@@ -39,7 +39,7 @@ def test_the_schema(report_node: Any) -> None:
     schema = report_node.define_schema()
     assert (schema.display_name, schema.category, schema.is_output_node) == ("VRAM Report", "Offload", True)
     assert [(entry.id, entry.io_type, entry.optional) for entry in schema.inputs] == [("anything", "*", True)]
-    outputs = [("out", "*"), ("report_json", "STRING"), ("peak_vram_gib", "FLOAT"), ("move_seconds", "FLOAT")]
+    outputs = [("any", "*"), ("report_json", "STRING"), ("peak_vram_gib", "FLOAT"), ("move_seconds", "FLOAT")]
     assert [(entry.id, entry.io_type) for entry in schema.outputs] == outputs
     assert {"lowvram", "block swap", "unload", "oom", "vram", "offload"} <= set(schema.search_aliases)
     ids = [entry.id for entry in (*schema.inputs, *schema.outputs)]
