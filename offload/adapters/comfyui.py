@@ -69,7 +69,8 @@ def _static(policy: OffloadPolicy, obj: Any, patcher: Any, role: Role) -> Applie
     except ComponentError as error:
         return Applied(obj, "foreign", f"Passed through: {error}")
     if patcher.load_device != host.load_device():
-        return Applied(obj, "foreign", f"Passed through: it is to run on {patcher.load_device}, by the host's or a node's choice.")
+        why = f"it is to run on {patcher.load_device}, by the host's or a node's choice."
+        return Applied(obj, "foreign", f"Passed through: {why}")
     hosted = host_module(module, role, policy, "static")
     return _done(_wrapped(obj, OffloadModelPatcher.of(patcher, hosted)), "static", policy, role)
 
