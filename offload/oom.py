@@ -101,6 +101,8 @@ class StepDown:
 
     def figures(self, managed: Managed, failure: str) -> str:
         """The error's text: what was tried, what is there, what to change."""
+        if always_resident(self._policy()) and "Mode none" not in failure:
+            failure = f"Mode none keeps everything resident. {failure}"
         now = self._backend.memory()
         sizes = {name: m.engine.device_bytes for name, m in self._components.items()}
         weights = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items() if size) or "none"

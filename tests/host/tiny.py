@@ -53,6 +53,9 @@ def seeded(module: nn.Module, seed: int) -> nn.Module:
                 parameter.fill_(1.0)
             else:
                 parameter.zero_()
+        for buffer in module.buffers():  # the host leaves tables as memory came: not the same twice, and NaN at times
+            if buffer.is_floating_point():
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.02)
     return module
 
 
