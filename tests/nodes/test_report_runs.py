@@ -430,10 +430,10 @@ def test_a_known_touch_is_cheap(prompts: Prompts, runs: PromptRuns) -> None:
     def work() -> None:
         runs.touch("dynamic", policy)
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(1000):
                 runs.touch("dynamic", policy)
-            best.append((time.perf_counter() - start) / 1000)
+            best.append((time.thread_time() - start) / 1000)
 
     prompts.run(Node("1", "A", work))
     assert min(best) < 20e-6
