@@ -61,6 +61,7 @@ class Patches:
         self._fixed: dict[str, tuple[Site, list[Any], torch.Tensor]] = {}  # no layer would call a function for them
         self._in_place: set[str] = set()  # keys whose weight is patched on the device now
         self._wrappers: dict[str, list[Any]] = {}
+        self._written: dict[str, Site] = {}  # where a function of ours, or a wrapper, is on a layer
         self._managed: Managed | None = None
         self._component: Any = None
         self._unit_of: dict[int, int] = {}
@@ -86,18 +87,19 @@ class Patches:
                 self._live[key] = WeightPatch(site, wanted[key])
             else:
                 self._fix(session, managed, site, wanted[key])
+        wrapped = set(self._wrappers)  # by a clone that ran before this one
         self._wrappers = {key: list(found) for key, found in getattr(patcher, "weight_wrapper_patches", {}).items()}
-        self._write_functions(patcher.model, {*gone, *self._live, *self._wrappers})
+        self._write_functions(patcher.model, {*gone, *self._live, *wrapped, *self._wrappers})
         self.placed()
 
     def remove(self) -> None:
         """Take every patch off; the weights are pristine in RAM, and nothing is on the device."""
-        functions = {key: patch.site for key, patch in self._live.items()}
         self._live.clear()
         self._in_place.clear()
         self._wrappers = {}
-        for site in functions.values():
+        for site in self._written.values():
             setattr(site.module, f"{site.param}_function", [])
+        self._written.clear()
         self._restore_fixed(list(self._fixed))
         self._managed = None
 
@@ -153,7 +155,12 @@ class Patches:
         """What the host's layer calls on this weight: our patch where it streams, then the wrappers of others."""
         patch = self._live.get(site.key)
         functions: list[Any] = [] if patch is None or site.key in self._in_place else [patch]
-        setattr(site.module, f"{site.param}_function", functions + self._wrappers.get(site.key, []))
+        functions += self._wrappers.get(site.key, [])
+        setattr(site.module, f"{site.param}_function", functions)
+        if functions:
+            self._written[site.key] = site
+        else:
+            self._written.pop(site.key, None)
 
     # ------------------------------------------------------------------ patched in RAM
     def _wants_function(self, managed: Managed, site: Site) -> bool:

@@ -177,3 +177,26 @@ def test_lora_on_scaled_fp8_goes_the_hosts_way(
         for obj, bits in ((model, wanted), (lora, patched), (model, wanted), (lora, patched)):
             assert torch.equal(sample(obj, "sd3"), bits)
         sim_host.management.unload_all_models()
+
+
+def test_a_wrapper_of_one_clone_is_not_the_next_ones(ours: Ours, sim_host: Any, models: Path) -> None:
+    """What other packs put around a weight belongs to the clone that carries it."""
+    stock = load_model(models, "sd3")
+    key = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"
+
+    def wrapped(model: Any) -> Any:
+        clone = model.clone()
+        clone.add_weight_wrapper(key, lambda weight: weight * 0.5)
+        return clone
+
+    wanted, halved = sample(stock, "sd3"), sample(wrapped(stock), "sd3")
+    assert not torch.equal(wanted, halved)
+    sim_host.management.unload_all_models()
+    model = ours.apply(stock, mode="auto")
+    other = wrapped(model)
+    for _ in range(2):
+        assert torch.equal(sample(other, "sd3"), halved)
+        assert torch.equal(sample(model, "sd3"), wanted)
+    sample(other, "sd3")
+    ours.device.restore_stock()
+    assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
