@@ -132,12 +132,12 @@ class StreamEngine:
             self._arm_all()
         self.plan = plan
 
-    def bring_early(self, plan: Plan, room: int) -> int:
+    def bring_early(self, plan: Plan, room: int, avoidable: bool = False) -> int:
         """Start to bring up what the next stage of this component will want, behind what computes now.
 
         Takes at most `room` device bytes, and nothing that would hold the host; the device bytes it took.
         """
-        return self._residents.bring_early(sorted(plan.resident), room)
+        return self._residents.bring_early(sorted(plan.resident), room, avoidable)
 
     def _pin(self, plan: Plan, missing: Iterable[int]) -> None:
         """Page-lock the masters that will be copied again and again, in the order in which they will be."""

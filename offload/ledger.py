@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import deque
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from types import TracebackType
@@ -253,6 +254,7 @@ class Ledger:
         copy_end: Mark | None = None,
         overlapped: bool = False,
         avoidable: bool = False,
+        pinned: bool = True,
         count: int = 1,
     ) -> None:
         """Record `count` copies of `nbytes` bytes in all, or with "drop" an eviction: bytes freed, nothing copied.
@@ -281,7 +283,7 @@ class Ledger:
             record.bytes_dropped += nbytes
         step = -1 if self._step is None else self._step.i
         kind = (component, direction, reason, avoidable, overlapped)
-        row = self._moves.append(kind, nbytes, step, count, len(self._marks.code) - 1)
+        row = self._moves.append(kind, nbytes, step, count, len(self._marks.code) - 1, pinned)
         if copy_start is not None and copy_end is not None:
             self._copies.append((row, copy_start, copy_end))
             if len(self._copies) >= self._drain_at:
@@ -297,11 +299,16 @@ class Ledger:
             return
         self._record.events.append({"kind": kind, "text": text, "data": data, "mark": len(self._marks.code) - 1})
 
-    def note_vram(self, allocated: int, resident_weights: int) -> None:
-        """Bytes on the device as the caller knows them, without asking it: peaks and the trace's counters."""
+    def note_vram(self, allocated: int, resident_weights: int, by: Mapping[str, int] | None = None) -> None:
+        """Bytes on the device as the caller knows them, without asking it: peaks and the trace's counters.
+
+        by: the bytes of each component; what is left out is as it was.
+        """
         if not self.active:
             return
         record = self._record
+        if by is not None:
+            record.residency.note(by, len(self._marks.code) - 1)
         at, seen_allocated, seen_resident = record.vram_at, record.vram_allocated, record.vram_resident
         if not len(at) == len(seen_allocated) == len(seen_resident):
             trim((seen_allocated, seen_resident, at))
@@ -333,6 +340,6 @@ class Ledger:
         while copies and backend.ready(copies[0][2]) and backend.ready(copies[0][1]):
             row, start, end = copies.popleft()
             # from the nearest mark: events count milliseconds in single precision, which is coarse over minutes
-            moves.t[row] = self._anchor_t + backend.seconds(self._anchor, start)
-            moves.dur[row] = max(0.0, backend.seconds(start, end))
+            begun = self._anchor_t + backend.seconds(self._anchor, start)
+            moves.timed(row, begun, max(0.0, backend.seconds(start, end)))
         self._drain_at = max(len(pending), len(copies)) + _DRAIN_EVERY

@@ -122,6 +122,10 @@ class Managed:
         # what the weights take on the device, as the fit rule has to hold there
         return ComponentInfo(self.name, type(self.module).__name__, self.role, self.component.device_bytes)
 
+    def left_needlessly(self, policy: ResolvedPolicy) -> bool:
+        """Whether it was evicted though the run fits, so that bringing it up again could have been spared."""
+        return policy.fits and self.evicted_for in ("low", "always", "policy", "external")
+
     def category(self, entry: str) -> Category:
         """What its time counts as in the report."""
         if self.role == "vae":

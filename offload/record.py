@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,19 @@ class MoveRow:
     count: int
 
 
+@dataclass
+class MoveSum:
+    """Moves of one kind, added up as they are recorded. `dur_s`: of `timed_bytes`, those whose copy was measured."""
+
+    kind: Kind
+    in_step: bool
+    pinned: bool
+    nbytes: int = 0
+    count: int = 0
+    dur_s: float = 0.0
+    timed_bytes: int = 0
+
+
 class MoveLog:
     """All moves of one run, in columns. `t` and `dur` hold NaN until measured.
 
@@ -56,6 +69,9 @@ class MoveLog:
         self.count = array("q")
         self.kind = array("q")  # index into `kinds`
         self.kinds: list[Kind] = []
+        self.group = array("q")  # index into `sums`
+        self.sums: list[MoveSum] = []
+        self._groups: dict[tuple[int, bool, bool], int] = {}  # (kind, in a step, from page-locked memory) -> index
         self._codes: dict[Kind, int] = {}
         self._columns: tuple[array[Any], ...] = (
             self.t,
@@ -65,17 +81,22 @@ class MoveLog:
             self.step,
             self.count,
             self.kind,
+            self.group,
         )
 
     def __len__(self) -> int:
         return min(map(len, self._columns))
 
-    def append(self, kind: Kind, nbytes: int, step: int, count: int, at: int) -> int:
+    def append(self, kind: Kind, nbytes: int, step: int, count: int, at: int, pinned: bool = True) -> int:
         """Add a row whose times are not known yet; its number."""
         code = self._codes.get(kind)
         if code is None:
             self.kinds.append(kind)  # before its code is known, so that no code is without its kind
             code = self._codes[kind] = len(self.kinds) - 1
+        group = self._groups.get((code, step >= 0, pinned))
+        if group is None:
+            self.sums.append(MoveSum(kind, step >= 0, pinned))
+            group = self._groups[code, step >= 0, pinned] = len(self.sums) - 1
         if len(self) != len(self.t):  # the first column to grow, the last to be cut
             trim(self._columns)
         self.t.append(math.nan)
@@ -85,7 +106,19 @@ class MoveLog:
         self.step.append(step)
         self.count.append(count)
         self.kind.append(code)
-        return len(self.kind) - 1
+        self.group.append(group)
+        total = self.sums[group]
+        total.nbytes += nbytes
+        total.count += count
+        return len(self.group) - 1
+
+    def timed(self, row: int, t: float, dur: float) -> None:
+        """The row's copy was measured: it began at `t` seconds and took `dur`."""
+        self.t[row] = t
+        self.dur[row] = dur
+        total = self.sums[self.group[row]]
+        total.dur_s += dur
+        total.timed_bytes += self.nbytes[row]
 
     def row(self, i: int) -> MoveRow:
         component, direction, reason, avoidable, overlapped = self.kinds[self.kind[i]]
@@ -117,8 +150,8 @@ def trim(columns: Sequence[array[Any]]) -> None:
 class MarkLog:
     """The compute stream's time line: mark i begins category `code[i]`, which lasts until mark i + 1.
 
-    `busy[i]` and `stalled[i]` are the seconds of computing and of stall before mark i: they make any interval's share
-    one bisection instead of a walk.
+    `busy[i]`, `stalled[i]`, `onloaded[i]` and `evicted[i]` are the seconds of computing, stall, onload and evict before
+    mark i: they make any interval's share a subtraction instead of a walk.
     """
 
     def __init__(self) -> None:
@@ -126,6 +159,8 @@ class MarkLog:
         self.t = array("d")  # grows as the device passes the marks; may be shorter than `code`
         self.busy = array("d")
         self.stalled = array("d")
+        self.onloaded = array("d")
+        self.evicted = array("d")
         self.seconds = [0.0] * len(CATEGORIES)
 
     def resolve(self, t: float) -> None:
@@ -134,6 +169,8 @@ class MarkLog:
         if i == 0:
             self.busy.append(0.0)
             self.stalled.append(0.0)
+            self.onloaded.append(0.0)
+            self.evicted.append(0.0)
             self.t.append(t)
             return
         t = max(t, self.t[i - 1])  # marks taken on two streams can cross; a duration is never negative
@@ -141,12 +178,15 @@ class MarkLog:
         self.seconds[code] += dur
         self.busy.append(self.busy[i - 1] + (dur if code in COMPUTE else 0.0))
         self.stalled.append(self.stalled[i - 1] + (dur if code == STALL else 0.0))
+        self.onloaded.append(self.onloaded[i - 1] + (dur if code == ONLOAD else 0.0))
+        self.evicted.append(self.evicted[i - 1] + (dur if code == EVICT else 0.0))
         self.t.append(t)  # last, so that no time is without its sums when Ctrl+C comes
 
     @property
     def whole(self) -> bool:
         """Every mark has been passed, and none was cut off by Ctrl+C."""
-        return len(self.code) == len(self.t) == len(self.busy) == len(self.stalled)
+        sums = (self.busy, self.stalled, self.onloaded, self.evicted)
+        return len(self.code) == len(self.t) and all(len(column) == len(self.t) for column in sums)
 
     def busy_until(self, t: float) -> float:
         """Seconds of computing before `t`; `t` is clipped to the run."""
@@ -168,7 +208,38 @@ class MarkLog:
                 start, code = self.t[i], self.code[i]
 
 
-STALL = CATEGORIES.index("stall")
+ONLOAD, STALL, EVICT = (CATEGORIES.index(name) for name in ("onload", "stall", "evict"))
+
+
+class ResidencyLog:
+    """Bytes of each component on the device, as a step function: a row wherever one's have changed."""
+
+    def __init__(self) -> None:
+        self.at = array("q")  # mark number
+        self.code = array("q")  # index into `names`
+        self.nbytes = array("q")
+        self.names: list[str] = []
+        self.last: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return min(len(self.at), len(self.code), len(self.nbytes))
+
+    def note(self, sizes: Mapping[str, int], at: int) -> None:
+        """What is on the device now, by component; at mark number `at`."""
+        for name, nbytes in sizes.items():
+            before = self.last.get(name)
+            if before == nbytes:
+                continue
+            if before is None:
+                self.names.append(name)
+            if not len(self.at) == len(self.code) == len(self.nbytes):
+                trim((self.nbytes, self.code, self.at))
+            self.last[name] = nbytes
+            self.most[name] = max(nbytes, self.most.get(name, 0))
+            self.nbytes.append(nbytes)
+            self.code.append(self.names.index(name))
+            self.at.append(at)  # last: what reads the rows counts these
 
 
 @dataclass
@@ -235,6 +306,7 @@ class RunRecord:
     vram_at: array[int] = field(default_factory=lambda: array("q"))  # mark number of each sample
     vram_allocated: array[int] = field(default_factory=lambda: array("q"))
     vram_resident: array[int] = field(default_factory=lambda: array("q"))
+    residency: ResidencyLog = field(default_factory=ResidencyLog)
 
     def time_of(self, mark: int) -> float | None:
         """Seconds from the start of the run to mark number `mark`, None where the clock never got there."""

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .breakdown import by_component, residency
 from .record import CATEGORIES, Kind, RunRecord, StepRow
 
 SCHEMA = "offload-report/1"
@@ -23,18 +24,24 @@ VERDICTS = ("resident", "partial", "streamed", "oom_recovered", "oom", "error")
 
 HOST = ("gpu", "vram_total", "driver", "os", "ram_total")
 ENV = ("pack", "comfyui", "torch", "dynamic_vram", "flags")
-VRAM = ("total", "available", "peak_device", "peak_torch", "others_start", "high_crossings", "spill_suspected")
+VRAM = ("total", "available", "peak", "peak_device", "peak_torch", "others_start", "high_crossings", "spill_suspected")
+PEAKS = ("peak_torch", "peak_device", "peak_noted")
 RAM = ("peak_rss", "pinned")
 PREDICTION = ("step_s", "bound_s")
 
 # A null here says something else than "not known": outside a step, no error, no cap, the planner decides.
-_MEANT = ("policy", "resolved", "error", "moves[].step", "events[].data", "hints[].action")
+# A turn of several components, and what lies outside every stage, have no weights of their own.
+_MEANT = (
+    *("policy", "resolved", "error", "moves[].step", "events[].data", "hints[].action", "hint_note", "workload"),
+    *(f"by_component[].{name}" for name in ("weight_bytes", "resident_bytes", "left_bytes", "peak")),
+)
 
 _SOURCES = {
     "bytes": "the ledger: storages of weights, counted when the copy was issued",
     "overhead_ms": "host clock around the ledger's own work",
     "totals.host_s": "host clock",
     "vram.total": "driver",
+    "vram.peak": "the highest of peak_device, peak_torch and peak_noted",
     "vram.peak_device": "driver",
     "vram.peak_torch": "torch's allocator",
     "vram.peak_noted": "the session's own count at every move",
@@ -55,19 +62,25 @@ def build_report(
     rung: str,
     world: str = "module",
     prediction: Mapping[str, Any] | None = None,
+    components: Sequence[Mapping[str, Any]] = (),
     hints: Sequence[Mapping[str, Any]] = (),
+    hint_note: str | None = None,
+    workload: str | None = None,
     nodes: Sequence[Mapping[str, Any]] = (),
     output_neutral: bool | None = None,
     fits: bool | None = None,
     verdict: str | None = None,
     sources: Mapping[str, str] | None = None,
     full: bool = False,
+    lists: bool = True,
 ) -> dict[str, Any]:
     """The report as JSON types. Sizes are bytes, times seconds.
 
     host, env, vram, ram, prediction: what the caller knows; keys it leaves out become null. `vram["peak_torch"]` is
     `Backend.peak_allocated()`. rung: gpu, simulated or cpu. world: static, dynamic, module or pipeline. fits: taken
     from `resolved_json` where not given. verdict: derived where not given. sources: adds to and replaces the defaults.
+    components: {"name", "weight_bytes"} of what is managed. workload: equal for runs that can be compared, whatever
+    their policy. lists: False leaves the long ones empty (steps, moves, segments, vram_track, residency), for a digest.
 
     Raises:
         ValueError: an unknown verdict.
@@ -76,6 +89,7 @@ def build_report(
         raise ValueError(f"verdict: got {verdict!r}, allowed is one of {', '.join(VERDICTS)}")
     cap = None if full else record.cap
     vram = {"peak_noted": record.peak_allocated, "peak_weights": record.peak_resident, **vram}
+    vram["peak"] = max((vram[key] for key in PEAKS if vram.get(key) is not None), default=None)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "prompt_id": _clean(record.prompt_id),
@@ -94,13 +108,17 @@ def build_report(
         "totals": _totals(record),
         "stages": _clean(_stages(record, cap)),
         "nodes": _clean(nodes),
-        "steps": _steps(record, cap),
-        "moves": _moves(record, cap),
-        "segments": _segments(record, cap),
-        "vram_track": _vram_track(record, cap),
+        "steps": _steps(record, cap) if lists else [],
+        "moves": _moves(record, cap) if lists else [],
+        "segments": _segments(record, cap) if lists else [],
+        "vram_track": _vram_track(record, cap) if lists else [],
+        "by_component": _clean(by_component(record, components)),
+        "residency": _clean(residency(record, cap)) if lists else [],
         "events": _clean(record.events),
         "events_dropped": record.events_dropped,
         "hints": _clean(hints),
+        "hint_note": hint_note,
+        "workload": workload,
         "prediction": _section(prediction or {}, PREDICTION),
         "verdict": verdict or derive_verdict(record, resolved_json),
         "fits": fits if fits is not None else resolved_json.get("fits"),

@@ -71,7 +71,7 @@ class Residents:
         self.loaded.update(buffers)
         self.moved.update(buffers)
 
-    def bring_early(self, wanted: Iterable[int], room: int) -> int:
+    def bring_early(self, wanted: Iterable[int], room: int, avoidable: bool = False) -> int:
         """Start to bring up units within `room` bytes, behind whatever computes now; the device bytes they take.
 
         Only page-locked masters: a copy from others would hold the host, and with it what computes now.
@@ -99,7 +99,7 @@ class Residents:
             try:
                 with self._backend.on_stream(self._copy_stream):
                     self._copy_stream.wait_event(ready)
-                    self._copy(units, buffers, "stage", overlapped=True)
+                    self._copy(units, buffers, "stage", avoidable=avoidable, overlapped=True)
                 self._arrival = self._backend.record(self._copy_stream)
             except BaseException:  # the buffers go, and may be somebody else's before what was queued has run
                 compute.wait_event(self._backend.record(self._copy_stream))

@@ -154,8 +154,7 @@ class Stages:
             self._flush_cache()
             self._make_room(managed, plan, activations, decoding)
             managed.plan = plan
-            avoidable = policy.fits and managed.evicted_for in ("low", "always", "policy", "external")
-            managed.engine.apply(plan, "stage", avoidable=avoidable)
+            managed.engine.apply(plan, "stage", avoidable=managed.left_needlessly(policy))
             managed.evicted_for = None
             self._hand_over(managed, plan, activations)
         managed.placed = True
@@ -181,7 +180,7 @@ class Stages:
         now = self._backend.memory()
         room = self._have(now) - activations - plan.held_bytes - self._slack(now.total)
         if room > 0:
-            follower.engine.bring_early(follower.plan, room)
+            follower.engine.bring_early(follower.plan, room, follower.left_needlessly(policy))
 
     def follower(self, name: str | None = None) -> Managed | None:
         """The component that ran after `name` (the active one), in the order of first use."""
@@ -396,4 +395,4 @@ class Stages:
             over = [n for n, size in sizes.items() if size > policy.high and n not in policy.never]
             self.high_crossings += len(over)
         self.note_peak()
-        self._ledger.note_vram(self._backend.memory().allocated, sum(sizes.values()))
+        self._ledger.note_vram(self._backend.memory().allocated, sum(sizes.values()), sizes)

@@ -184,5 +184,6 @@ class Walk:
             copy_start=start,
             copy_end=end,
             overlapped=slot.at >= 0,
+            pinned=slot.pinned,
             count=len(slot.copies),
         )

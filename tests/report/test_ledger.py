@@ -423,10 +423,10 @@ def test_a_cap_below_one_is_refused(clock: Any) -> None:
 def columns(record: RunRecord) -> list[Any]:
     """The columns of a row of moves, in the order in which they are written."""
     moves = record.moves
-    return [moves.t, moves.dur, moves.at, moves.nbytes, moves.step, moves.count, moves.kind]
+    return [moves.t, moves.dur, moves.at, moves.nbytes, moves.step, moves.count, moves.kind, moves.group]
 
 
-@pytest.mark.parametrize("written", range(8))
+@pytest.mark.parametrize("written", range(9))
 def test_half_a_row_of_moves_is_no_row(clock: Any, ledger: Ledger, given: dict[str, Any], written: int) -> None:
     """Ctrl+C between two columns, then the run goes on and ends by that error, which close_run must not hide."""
     ledger.open_run()
@@ -437,7 +437,7 @@ def test_half_a_row_of_moves_is_no_row(clock: Any, ledger: Ledger, given: dict[s
         ledger.move("unet", "h2d", nbytes, "stage")
     for column in columns(ledger._record)[written:]:
         del column[-1]
-    kept = [1, 2] if written == 7 else [1]
+    kept = [1, 2] if written == 8 else [1]
     assert [move.bytes for move in ledger._record.moves] == kept
     clock.tick(1)
     ledger.move("vae", "d2h", 3, "lora", count=4, copy_start=clock.at(2.5), copy_end=clock.at(3.0))
@@ -452,7 +452,7 @@ def test_half_a_row_of_moves_is_no_row(clock: Any, ledger: Ledger, given: dict[s
     validate(build_report(record, **given))
 
 
-@pytest.mark.parametrize("column", range(7))
+@pytest.mark.parametrize("column", range(8))
 def test_a_run_closes_over_half_a_row_at_its_end(
     clock: Any, ledger: Ledger, given: dict[str, Any], column: int
 ) -> None:

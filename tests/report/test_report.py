@@ -74,7 +74,8 @@ def test_unknown_is_null_and_named_and_a_meant_null_is_not(record: RunRecord, gi
     given["prediction"] = None
     report = build(record, given, output_neutral=None)
     assert report["vram"]["peak_torch"] is None and report["host"]["gpu"] is None
-    meant = {"error", "moves[].step", "policy.gc_threshold", "resolved.prefetch"}
+    meant = {"error", "moves[].step", "policy.gc_threshold", "resolved.prefetch", "hint_note", "workload"}
+    meant |= {f"by_component[].{name}" for name in ("weight_bytes", "resident_bytes", "left_bytes")}
     assert meant <= nulls(report)
     assert set(report["unknown"]) == nulls(report) - meant
     assert {"vram.peak_torch", "host.gpu", "prediction.bound_s", "steps[].node", "moves[].dur_s"} <= set(
