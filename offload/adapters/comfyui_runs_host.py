@@ -230,6 +230,16 @@ def node_type(prompt_id: str, node_id: str) -> str | None:
     return None
 
 
+def display_node(prompt_id: str, node_id: str) -> str:
+    """The node that the user sees: of one that another node expanded into, that other one; else the node itself.
+
+    Inside a subgraph it is the path there, "3:7" for node 7 in subgraph 3.
+    """
+    with contextlib.suppress(Exception):
+        return str(registry(prompt_id).dynprompt.get_display_node_id(node_id))
+    return node_id
+
+
 def node_types(prompt_id: str) -> set[str]:
     """The classes of all nodes of this prompt as it was queued."""
     with contextlib.suppress(Exception):

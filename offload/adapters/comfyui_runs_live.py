@@ -1,5 +1,7 @@
 """The telemetry of a run that is open. Invariant: read by another thread than the one that runs, so it asks the device
 for nothing and waits for nothing; memory figures are those that the run's own thread took last.
+
+Nothing is put together while nobody asked. Points and nodes that ended are taken from the track by the watcher alone.
 """
 
 from __future__ import annotations
@@ -8,14 +10,61 @@ import contextlib
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from .comfyui_runs_nodes import NodeRow, Point, in_short
+
 if TYPE_CHECKING:
     from .comfyui_run import Run
 
-VRAM = ("weights", "activations", "others", "free", "high", "low", "peak")
+Totals = dict[str, tuple[Any, int]]  # name -> the component, and the bytes of all its weights on the device
+VRAM = ("weights", "activations", "others", "free", "high", "low", "peak", "total")
 
 
-def snapshot(run: Run | None, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`offload.telemetry` now. Without a run: no prompt, and the memory figures as they were last seen."""
+class Live:
+    """`figures`: the telemetry as it was last taken. `take` is the watcher's; `now` anybody's."""
+
+    def __init__(self) -> None:
+        self.figures = snapshot(None)
+        self._totals: Totals = {}
+        self._ended: list[NodeRow] = []  # their last mark has not been passed yet
+        self._of: Run | None = None
+
+    def take(self, run: Run | None, wanted: bool = False) -> None:
+        """Put the next message together, with what has happened since the last one; nothing where it is not wanted."""
+        if run is None:
+            self.figures = snapshot(None, self.figures)
+            return
+        track = run.track
+        run.closely = track.closely = wanted
+        if not wanted:
+            track.points.clear()
+            track.ended.clear()
+            return
+        if run is not self._of:
+            self._of, self._ended = run, []
+        self.figures = snapshot(run, totals=self._totals) | {"points": _points(run), "ended": self._endings(run)}
+
+    def now(self, run: Run | None) -> dict[str, Any]:
+        """The figures for somebody who asks once; those of the last message while messages are sent."""
+        if run is not None and not run.closely:
+            self.figures = snapshot(run, totals=self._totals)
+        return self.figures
+
+    def _endings(self, run: Run) -> list[dict[str, Any]]:
+        """Nodes that ended, as the list of runs has them, as soon as the device has passed their last mark."""
+        self._ended += _taken(run.track.ended)
+        if not run.open:
+            self._ended = []
+        record = run.ledger._record
+        ready = [row for row in self._ended if row.last_mark < 0 or record.time_of(row.last_mark) is not None]
+        self._ended = [row for row in self._ended if row not in ready]
+        return [in_short(run.track.entry(row, record, moves_known=run._ours)) for row in ready]
+
+
+def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Totals | None = None) -> dict[str, Any]:
+    """`offload.telemetry` now, without points. Without a run: no prompt, and the memory figures as they were last seen.
+
+    totals: what adding up a component's weights came to, kept between calls.
+    """
     nothing: dict[str, Any] = {
         "v": 1,
         "prompt_id": None,
@@ -28,38 +77,91 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None) -> dict[str,
         "step_ms": None,
         "stall_ms": None,
         "moved": None,
+        "components": None,
+        "points": [],
+        "ended": [],
     }
     if run is None:
-        return nothing | {key: before[key] for key in ("device", "vram") if before is not None}
-    track = run.track
+        return nothing | {key: before[key] for key in ("device", "vram", "components") if before is not None}
+    track, ours = run.track, run._ours
+    components = _components(run, {} if totals is None else totals) if ours else None
     return nothing | {
         "prompt_id": run.prompt_id,
-        "node": track.node,
+        "node": track.display,
         "t": perf_counter() - run.opened,
         "device": run.backend.name,
         "step": track.step,
         "steps": track.steps,
-        "vram": _vram(run),
+        "vram": _vram(run, components),
         "step_ms": _milli(track.step_s),
-        "stall_ms": _milli(track.stall_s) if run.session is not None else None,
-        "moved": run.ledger._record.bytes_h2d if run.session is not None else None,
+        "stall_ms": _milli(track.stall_s) if ours else None,
+        "moved": run.ledger._record.bytes_h2d if ours else None,
+        "components": components,
     }
+
+
+def _points(run: Run) -> list[dict[str, Any]]:
+    ours = run._ours
+    return [_point(point, run.opened, ours) for point in _taken(run.track.points)]
+
+
+def _point(point: Point, opened: float, ours: bool) -> dict[str, Any]:
+    """Where the host moves the weights, what our ledger counts of them is not what happened."""
+    return {
+        "t": point.at - opened,
+        "node": point.node,
+        "step": point.step,
+        "steps": point.steps,
+        "step_ms": _milli(point.step_s),
+        "stall_ms": _milli(point.stall_s) if ours else None,
+        "moved": point.moved if ours else None,
+        "weights": point.weights if ours else None,
+        "allocated": point.allocated,
+    }
+
+
+def _taken(kept: Any) -> list[Any]:
+    """What the executing thread has put there, taken away; it may put more meanwhile."""
+    taken: list[Any] = []
+    with contextlib.suppress(IndexError):
+        for _ in range(kept.maxlen):
+            taken.append(kept.popleft())
+    return taken
 
 
 def _milli(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 3)
 
 
-def _vram(run: Run) -> dict[str, Any]:
+def _components(run: Run, totals: Totals) -> list[dict[str, Any]] | None:
+    """Bytes on the device by component, and of how many; None while the worker changes the table."""
+    assert run.session is not None
+    with contextlib.suppress(RuntimeError):
+        rows = []
+        for name, managed in list(run.session.components.items()):
+            if totals.get(name, (None,))[0] is not managed.component:
+                totals[name] = managed.component, managed.component.device_bytes
+            rows.append({"name": name, "bytes": managed.engine.device_bytes, "total": totals[name][1]})
+        for name in totals.keys() - run.session.components.keys():
+            del totals[name]
+        return rows
+    return None
+
+
+def _vram(run: Run, components: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Weights, activations (with what torch's cache holds), others and free add up to the total."""
     figures: dict[str, Any] = dict.fromkeys(VRAM)
-    session = run.session
-    if session is not None:
-        figures["high"], figures["low"] = session.resolved.high, session.resolved.low
-        with contextlib.suppress(RuntimeError):  # the worker changed a table while it was read: the next one will do
-            figures["weights"] = sum(m.engine.device_bytes for m in list(session.components.values()))
-    memory = run.memory
+    session, memory, record = run.session, run.memory, run.ledger._record
+    peaks = [run.peak_device, record.peak_allocated]
+    if session is not None and run._ours:
+        figures |= {"high": session.resolved.high, "low": session.resolved.low}
+        figures["total"] = session.machine.vram_total
+        peaks.append(session.stages.peak_allocated or None)
+        if components is not None:
+            figures["weights"] = sum(row["bytes"] for row in components)
+    figures["peak"] = max((peak for peak in peaks if peak is not None), default=None)
     if memory is not None:
-        figures |= {"others": memory.others, "free": memory.free, "peak": run.peak_device}
+        figures |= {"others": memory.others, "free": memory.free, "total": memory.total}
         if figures["weights"] is not None:
-            figures["activations"] = max(0, memory.allocated - figures["weights"])
+            figures["activations"] = max(0, memory.reserved - figures["weights"])
     return figures

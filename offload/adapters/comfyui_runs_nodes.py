@@ -7,20 +7,21 @@ time to that category; what a session measures inside it (onload, stall, evict) 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..ledger import Category, Ledger, RunRecord
-from ..record import CATEGORIES
 from . import comfyui_runs_host as host
 
 MOST = 5000  # nodes that are kept; a graph that expands without end must not fill the memory
+POINTS = 256  # that wait for the next message; the oldest go first
+ENDED = 64  # nodes, likewise
 
 _SAMPLERS = ("KSampler", "SamplerCustom")
-_ONLOAD, _STALL, _EVICT = (CATEGORIES.index(name) for name in ("onload", "stall", "evict"))
 
 
 def category_of(node_type: str | None) -> Category:
@@ -39,18 +40,44 @@ class NodeRow:
 
     id: str
     type: str | None
+    display: str = ""  # the node that the user sees
     first_mark: int = -1
     last_mark: int = -1
     cached: bool | None = None
 
 
+class Point(NamedTuple):
+    """The end of a step, or a node's begin or end (`step` None), with what is known there without asking the device.
+
+    Bytes; seconds, `at` by the host's clock. weights, allocated: as the ledger was told last.
+    """
+
+    at: float
+    node: str | None
+    step: int | None
+    steps: int | None
+    step_s: float | None
+    stall_s: float | None
+    moved: int
+    weights: int | None
+    allocated: int | None
+
+
 class NodeTrack:
-    """Watches one prompt. `node`, `step` and `steps` say where it is now; reading them takes no lock."""
+    """Watches one prompt. `node`, `step` and `steps` say where it is now; reading them takes no lock.
+
+    `points` and `ended` are filled by the thread that executes and emptied by the one that watches: a deque's `append`
+    and `popleft` need no lock, and what nobody takes away makes room for what is newer.
+    """
 
     def __init__(self, prompt_id: str, ledger: Ledger, tick: Callable[[], None] | None = None) -> None:
         self.prompt_id = prompt_id
         self._tick = tick  # called whenever something is told
+        self.closely = False  # somebody watches: keep points
+        self.points: deque[Point] = deque(maxlen=POINTS)
+        self.ended: deque[NodeRow] = deque(maxlen=ENDED)
         self.node: str | None = None
+        self.display: str | None = None
         self.step: int | None = None
         self.steps: int | None = None
         self.step_s: float | None = None
@@ -77,7 +104,7 @@ class NodeTrack:
             row = self._row(node_id)
             if state == "running":
                 self._begun.add(node_id)
-                row.cached, self.node = False, node_id
+                row.cached, self.node, self.display = False, node_id, row.display
                 row.first_mark = self._stamp(category_of(row.type))
 
     # ------------------------------------------------------------------ told by the host
@@ -90,19 +117,25 @@ class NodeTrack:
         if node_id not in self._begun:
             self._begun.add(node_id)
             row.first_mark = mark
-        self.node, self.step, self.steps, self._stepped = node_id, None, None, None
+        self._at(row)
+        if self.closely:
+            self._point(entered, row.display)
         self._account(entered, ledgers)
 
     def progressed(self, node_id: str, value: float, most: float) -> None:
         """A node says how far it is; for samplers these are steps."""
         entered = perf_counter()
+        if node_id != self.node:  # several run at once: its last step is not this one's
+            self._at(self._row(node_id))
         marks = self._ledger._record.marks
         stalled = marks.stalled[-1] if len(marks.stalled) else 0.0
         if self._stepped is not None and self.step is not None and value > self.step:
             self.step_s = (entered - self._stepped) / (value - self.step)
             self.stall_s = max(0.0, stalled - self._stalled) / (value - self.step)
-        self.node, self.step, self.steps = node_id, int(value), int(most)
+        self.step, self.steps = int(value), int(most)
         self._stepped, self._stalled = entered, stalled
+        if self.closely:
+            self._point(entered, self.display, step=True)
         self._account(entered, self._ledger.overhead_s)
 
     def finished(self, node_id: str) -> None:
@@ -115,9 +148,24 @@ class NodeTrack:
         elif row.cached is None and row.last_mark < 0:
             row.cached = True
             row.first_mark = row.last_mark = self._stamp("other")
+        if self.closely and not row.cached:
+            self._point(entered, row.display)
+            self.ended.append(row)
         if self.node == node_id:
-            self.node = None
+            self._at(None)
         self._account(entered, ledgers)
+
+    def _at(self, row: NodeRow | None) -> None:
+        """This node is the one that runs now, at no step yet."""
+        self.node, self.display = (None, None) if row is None else (row.id, row.display)
+        self.step = self.steps = self.step_s = self.stall_s = self._stepped = None
+
+    def _point(self, at: float, node: str | None, *, step: bool = False) -> None:
+        record = self._ledger._record
+        last = len(record.vram_at) - 1  # the last of its columns to grow
+        weights, allocated = (record.vram_resident[last], record.vram_allocated[last]) if last >= 0 else (None, None)
+        steps = (self.step, self.steps, self.step_s, self.stall_s) if step else (None, None, None, None)
+        self.points.append(Point(at, node, *steps, record.bytes_h2d, weights, allocated))
 
     def _account(self, entered: float, ledgers: float) -> None:
         self.calls += 1
@@ -128,7 +176,8 @@ class NodeTrack:
     def _row(self, node_id: str) -> NodeRow:
         row = self.rows.get(node_id)
         if row is None:
-            row = NodeRow(node_id, host.node_type(self.prompt_id, node_id))
+            display = host.display_node(self.prompt_id, node_id)
+            row = NodeRow(node_id, host.node_type(self.prompt_id, node_id), display)
             if len(self.rows) < MOST:
                 self.rows[node_id] = row
         return row
@@ -150,9 +199,10 @@ class NodeTrack:
 
     def table(self, record: RunRecord, *, moves_known: bool) -> list[dict[str, Any]]:
         """The report's `nodes`. moves_known: the session's moves are all there were."""
-        return [self._entry(row, record, moves_known) for row in self.rows.values()]
+        return [self.entry(row, record, moves_known=moves_known) for row in self.rows.values()]
 
-    def _entry(self, row: NodeRow, record: RunRecord, moves_known: bool) -> dict[str, Any]:
+    def entry(self, row: NodeRow, record: RunRecord, *, moves_known: bool) -> dict[str, Any]:
+        """One row of the report's `nodes`; of a record that is still written, once its last mark has been passed."""
         t0, t1 = record.time_of(row.first_mark), record.time_of(row.last_mark)
         if t1 is None and t0 is not None:
             t1 = record.wall_s  # it ended with the run
@@ -161,10 +211,11 @@ class NodeTrack:
             seconds = _moved(record, row.first_mark, row.last_mark)
         return {
             "id": row.id,
+            "display": row.display or row.id,
             "type": row.type or "?",
             "t0": t0,
             "t1": t1,
-            "peak": None if t0 is None or t1 is None or row.cached else _peak(record, row, t0, t1),
+            "peak": None if t0 is None or t1 is None or row.cached else _peak(record, row),
             "onload_s": seconds[0],
             "stall_s": seconds[1],
             "evict_s": seconds[2],
@@ -191,26 +242,37 @@ class Opener:
             track.finished(node_id)
 
 
+def in_short(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the report's `nodes` as the list of runs has it: seconds that it took, and that it was kept waiting."""
+    t0, t1 = entry["t0"], entry["t1"]
+    waits = [entry.get(name) for name in ("onload_s", "stall_s", "evict_s")]
+    return {
+        "id": entry["id"],
+        "display": entry.get("display", entry["id"]),
+        "type": entry["type"],
+        "wall_s": None if t0 is None or t1 is None else t1 - t0,
+        "moves_s": None if None in waits else sum(waits),
+        "stall_s": entry.get("stall_s"),
+        "peak": entry["peak"],
+        "cached": entry["cached"],
+    }
+
+
 def _moved(record: RunRecord, first: int, last: int) -> tuple[float, ...]:
-    """Seconds of onload, stall and evict from one mark to another."""
+    """Seconds of onload, stall and evict from one mark to another; -1 stands for the last that was passed."""
     marks = record.marks
-    sums = dict.fromkeys((_ONLOAD, _STALL, _EVICT), 0.0)
-    end = len(marks.t) - 1 if last < 0 else min(last, len(marks.t) - 1)
-    for i in range(first, end):
-        if marks.code[i] in sums:
-            sums[marks.code[i]] += marks.t[i + 1] - marks.t[i]
-    return tuple(sums.values())
+    end = len(marks.t) - 1
+    last = end if last < 0 else min(last, end)
+    first = min(first, last)
+    return tuple(sums[last] - sums[first] for sums in (marks.onloaded, marks.stalled, marks.evicted))
 
 
-def _peak(record: RunRecord, row: NodeRow, t0: float, t1: float) -> int | None:
-    """The most bytes seen while the node ran: at moves, and by the allocator over the stages that lay within it."""
-    last = row.last_mark if row.last_mark >= 0 else len(record.marks.code)
-    seen = [record.vram_allocated[i] for i, at in enumerate(record.vram_at) if row.first_mark <= at <= last]
-    seen += [
-        stage.peak
-        for stage in record.stages
-        if stage.peak is not None and stage.t0 is not None and t0 <= stage.t0 <= t1
-    ]
+def _peak(record: RunRecord, row: NodeRow) -> int | None:
+    """The most bytes seen while the node ran: at moves, and by the allocator over the stages that began within it."""
+    first, last = row.first_mark, row.last_mark if row.last_mark >= 0 else len(record.marks.code)
+    at = record.vram_at
+    seen = list(record.vram_allocated[bisect_left(at, first) : bisect_right(at, last)])
+    seen += [stage.peak for stage in record.stages if stage.peak is not None and first <= stage.first_mark <= last]
     return max(seen, default=None)
 
 
