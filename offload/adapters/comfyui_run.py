@@ -18,13 +18,16 @@ from ..policy import OffloadPolicy
 from ..session import Session
 from . import comfyui_host
 from . import comfyui_runs_host as host
+from .comfyui_runs_advice import Advice
 from .comfyui_runs_host import Ending
 from .comfyui_runs_nodes import NodeTrack
 from .comfyui_runs_report import RunReport, so_far, take
 from .comfyui_store import file_name
+from .comfyui_workload import workload_of
 
 NOTES = 50  # per run
-SAMPLE_S, SELDOM_S = 0.1, 1.0  # between two looks at the device's memory, while somebody watches and while not
+LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
+SAMPLE_S, SELDOM_S = 0.25, 1.0  # between two looks at the device's memory, while somebody watches and while not
 
 _log = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {}
@@ -38,6 +41,7 @@ class Run:
         self.lock = threading.RLock()
         self.opened = perf_counter()
         self.client_id = host.client_of(prompt_id)
+        self.workload = workload_of(prompt_id)
         self.worlds: list[str] = []
         self.policy: OffloadPolicy | None = None
         self.notes: list[tuple[str, str]] = []
@@ -79,7 +83,7 @@ class Run:
 
     # ------------------------------------------------------------------ while it runs
     def sample(self, now: bool = False) -> None:
-        """Look at the device's memory, seldom, or ten times a second while somebody watches. By the thread that drives
+        """Look at the device's memory, seldom, or four times a second while somebody watches. By the thread that drives
         the device: allocators of some devices must not be asked by another one while this one allocates."""
         at = perf_counter()
         if not now and at - self._sampled < (SAMPLE_S if self.closely else SELDOM_S):
@@ -184,6 +188,12 @@ class Run:
             self.result = result.amended(ending)
             return self.result.record != result.record
 
+    def advise(self, advice: Advice) -> None:
+        """Have the run compared with those before it."""
+        with self.lock:
+            if self.result is not None:
+                self.result = advice.advise(self.result)
+
     def no_file(self, why: str) -> None:
         """The file could not be written: the record says so."""
         self.file["error"] = why
@@ -203,6 +213,7 @@ class Run:
             peak_device=self.peak_device,
             others_start=self.others_start,
             file=dict(self.file) if self.wants_file else None,
+            workload=self.workload,
             ended=ended,
             ask=ask,
         )

@@ -21,17 +21,17 @@ from ..policy import OffloadPolicy
 from ..session import Session
 from . import comfyui_host
 from . import comfyui_runs_host as host
-from .comfyui_run import Run
-from .comfyui_runs_live import snapshot
+from .comfyui_run import LOADERS, Run
+from .comfyui_runs_advice import Advice, tell
+from .comfyui_runs_live import Live
 from .comfyui_runs_nodes import NodeTrack, Opener
 from .comfyui_runs_report import RunReport, text_of
 from .comfyui_store import ROWS, ReportStore, write
 
-OPEN_S, SAMPLE_S, SLOW_S, IDLE_S = 0.025, 0.1, 0.5, 1.0  # how often the watcher looks
+OPEN_S, SAMPLE_S, SLOW_S, IDLE_S = 0.025, 0.25, 0.5, 1.0  # how often the watcher looks
 LINGER_S = 60.0  # of looking now and then after a prompt, for what dies with the host's caches
 EXPECT_S = 2.0  # a prompt is announced before it is checked and queued
 HISTORY_ROWS = 50  # of each list of the record in /history, which the host keeps for thousands of prompts
-LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +50,11 @@ class PromptRuns:
         self._run: Run | None = None
         self._unsettled: list[Run] = []  # ended; the host has not said how, or the file is not written
         self._pending_notes: list[tuple[str, str]] = []
-        self._on_close: list[Callable[[dict[str, Any]], None]] = []
+        self._advice = Advice()
+        self._on_close: list[Callable[[dict[str, Any]], None]] = [tell]
         self._on_idle: list[Callable[[], None]] = []
         self._on_sample: list[tuple[Callable[[dict[str, Any]], None], Callable[[], bool]]] = []
-        self._live: dict[str, Any] = snapshot(None)
+        self._live = Live()
         self._expected = 0.0  # a prompt was queued: look for it, until then at least
         self._restored = False
         self._last_end = perf_counter()
@@ -124,7 +125,7 @@ class PromptRuns:
 
     def live(self) -> dict[str, Any]:
         """The telemetry of now, as the watcher last took it: asks the device for nothing."""
-        return self._live
+        return self._live.now(self._run)
 
     def _of(self, prompt_id: str) -> Run | None:
         with self.lock:
@@ -143,7 +144,7 @@ class PromptRuns:
             self._on_idle.append(callback)
 
     def on_sample(self, callback: Callable[[dict[str, Any]], None], wanted: Callable[[], bool]) -> None:
-        """Call with `live()` ten times a second while a run is open and it is `wanted`, on the watcher's thread."""
+        """Call with `live()` four times a second while a run is open and it is `wanted`, on the watcher's thread."""
         self._on_sample.append((callback, wanted))
 
     def expect(self) -> None:
@@ -168,6 +169,7 @@ class PromptRuns:
 
     def _open(self, prompt_id: str) -> Run:
         run = Run(prompt_id, self._session() or self._soon(prompt_id))
+        run.closely = run.track.closely = any(wanted() for _, wanted in self._on_sample)
         with self.lock:
             notes, self._pending_notes = self._pending_notes, []
             self._run = run
@@ -206,6 +208,7 @@ class PromptRuns:
     def _close(self, run: Run) -> None:
         """The prompt is over: take its figures, and complete what was shown of it."""
         run.finish()  # waits for the device, so before any lock
+        run.advise(self._advice)
         with host.queue_lock(), self.lock:
             if run.closed:
                 return
@@ -215,7 +218,7 @@ class PromptRuns:
             self._unsettled.append(run)
             run.amend(host.ending(run.prompt_id))
             self._complete(run)
-        self._live = snapshot(None, self._live)
+        self._live.take(None)
         self._last_end = perf_counter()
         self._watch()
 
@@ -247,10 +250,10 @@ class PromptRuns:
                 return False
             if run.amend(ending):
                 self._complete(run)
+                self._advice.amended(run.prompt_id)
             self._retell(run)
-        result = run.result
-        assert result is not None
-        self._publish(run, result)
+        assert run.result is not None
+        self._publish(run, run.result)
         return True
 
     def _publish(self, run: Run, result: RunReport) -> None:
@@ -259,11 +262,10 @@ class PromptRuns:
         self.store.put(run.prompt_id, run.result or result)
         with self.lock:
             self._unsettled.remove(run)
-        if self._on_close:
-            report = run.made or result.report(cap=HISTORY_ROWS)
-            for callback in self._on_close:
-                with host.logged("a report's receiver"):
-                    callback({**report, "client_id": run.client_id})
+        report = run.made or result.report(cap=HISTORY_ROWS)
+        for callback in self._on_close:
+            with host.logged("a report's receiver"):
+                callback({**report, "client_id": run.client_id})
 
     def _write(self, run: Run, result: RunReport) -> None:
         """The file, from the watcher's thread: a slow disk must not hold the next prompt."""
@@ -327,11 +329,10 @@ class PromptRuns:
 
     def _sample(self, run: Run) -> None:
         told = [callback for callback, wanted in self._on_sample if wanted()]
-        run.closely = bool(told)
-        self._live = snapshot(run, self._live)
+        self._live.take(run, wanted=bool(told))
         for callback in told:
             with host.logged("a telemetry receiver"):
-                callback(self._live)
+                callback(self._live.figures)
 
     def _meet(self, now: float) -> None:
         """Have the progress registry tell us of a prompt that none of our nodes has touched."""
@@ -394,6 +395,5 @@ def device_session() -> Session | None:
 def _holding() -> bool:
     """Whether anything of the host's is held by us."""
     with contextlib.suppress(Exception):
-        session = device_session()
-        return bool(_device_module().hosted()) or (session is not None and bool(session.components))
+        return bool(_device_module().hosted() or getattr(device_session(), "components", None))
     return False

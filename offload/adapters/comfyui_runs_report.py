@@ -19,7 +19,7 @@ from ..ledger import CATEGORIES, RunRecord
 from ..policy import Machine, OffloadPolicy
 from ..report import build_report, derive_verdict
 from ..session import Session
-from ..summary import TEXT_MAX, report_text
+from ..summary import TEXT_MAX, line, report_text
 from . import comfyui_host
 from .comfyui_runs_host import Ending, partly_loaded
 from .comfyui_runs_nodes import place_steps
@@ -58,6 +58,9 @@ class RunReport:
     components: Sequence[Mapping[str, Any]] = ()
     file: Mapping[str, Any] | None = None
     overhead_s: float = 0.0  # ours beside the ledger's
+    workload: str | None = None
+    hints: Sequence[Mapping[str, Any]] = ()
+    hint_note: str | None = None
     partial: bool | None = None  # the host's own account, where it places the weights
     ended: bool = True
 
@@ -74,8 +77,9 @@ class RunReport:
         """Whether the session moved the weights of this run."""
         return self.worlds[0] in OURS
 
-    def report(self, *, cap: int | None = None, full: bool = False) -> dict[str, Any]:
-        """`offload-report/1`. cap: rows of a list, the record's own where not given; full: no list is capped."""
+    def report(self, *, cap: int | None = None, full: bool = False, lists: bool = True) -> dict[str, Any]:
+        """`offload-report/1`. cap: rows of a list, the record's own where not given; full: no list is capped; lists:
+        whether there are any of the long ones."""
         record = self.record if cap is None else dataclasses.replace(self.record, cap=cap)
         nodes = [dict(node) for node in self.nodes]
         report = build_report(
@@ -90,10 +94,15 @@ class RunReport:
             world=self.worlds[0],
             output_neutral=self._neutral(),
             prediction=self.prediction,
+            components=self.components,
+            hints=self.hints,
+            hint_note=self.hint_note,
+            workload=self.workload,
             nodes=nodes,
             verdict=self._verdict(),
             sources=self._sources(),
             full=full,
+            lists=lists,
         )
         report |= {
             "worlds": list(self.worlds),
@@ -109,8 +118,10 @@ class RunReport:
         if not self.ours:
             report["fits"] = None
             report["totals"] |= dict.fromkeys((*_MOVES, *_MOVE_TIMES))
+            report["by_component"] = []
             unknown |= {"fits", *(f"totals.{name}" for name in (*_MOVES, *_MOVE_TIMES))}
         report["unknown"] = sorted(unknown)
+        report["line"] = line(report)
         return report
 
     def amended(self, ending: Ending) -> RunReport:
@@ -167,6 +178,7 @@ def take(
     others_start: int | None,
     overhead_s: float = 0.0,
     file: Mapping[str, Any] | None = None,
+    workload: str | None = None,
     ended: bool = True,
     ask: bool = True,
 ) -> RunReport:
@@ -203,6 +215,7 @@ def take(
         components=components(session) if session is not None and ours else (),
         file=file,
         overhead_s=overhead_s,
+        workload=workload,
         partial=None if ours else partly_loaded(),
         ended=ended,
     )
@@ -235,6 +248,7 @@ def so_far(record: RunRecord) -> RunRecord:
     known.seconds = dict(zip(CATEGORIES, list(marks.seconds), strict=True))
     known.wall_s = marks.t[-1] if len(marks.t) else None
     known.peak_allocated, known.peak_resident = record.peak_allocated, record.peak_resident
+    known.moves.sums = list(record.moves.sums)
     known.events = [
         {"kind": event["kind"], "text": event["text"], "data": event["data"], "t": None} for event in record.events
     ]
@@ -249,8 +263,8 @@ def move_seconds(report: Mapping[str, Any]) -> float:
 
 def peak_bytes(report: Mapping[str, Any]) -> int | None:
     """The highest VRAM figure of the report, None where there is none."""
-    vram = report["vram"]
-    return max((vram[key] for key in ("peak_torch", "peak_device", "peak_noted") if vram.get(key)), default=None)
+    peak: int | None = report["vram"]["peak"]
+    return peak
 
 
 def machine_of(backend: Backend) -> Machine:

@@ -1,0 +1,50 @@
+"""What a prompt asks for, as one short text. Invariant: equal for the same graph, models and sizes, and for nothing else.
+
+The text that is encoded, the seed, names of files to write and the offload policy do not change what can be compared;
+neither do ids, which differ when somebody builds the same graph anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from . import comfyui_runs_host as host
+
+OURS = frozenset({"OffloadPolicy", "VRAMReport", "FreeVRAMToFit"})
+"""Nodes whose presence does not make it another workload."""
+FREE = frozenset(
+    "seed noise_seed control_after_generate text text_g text_l clip_l t5xxl prompt negative positive string "
+    "filename_prefix policy".split()
+)
+"""Inputs that differ between runs that can be compared."""
+
+
+def workload_of(prompt_id: str) -> str | None:
+    """The workload of a prompt that executes, 16 hexadecimal digits; None where the host does not show its graph."""
+    with contextlib.suppress(Exception):
+        return digest(host.registry(prompt_id).dynprompt.original_prompt)
+    return None
+
+
+def digest(graph: Mapping[str, Any]) -> str | None:
+    """Of a graph in the host's API format; None for an empty one."""
+    if not graph:
+        return None
+    lines = sorted(_line(graph, node) for node in graph.values() if node["class_type"] not in OURS)
+    return hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest()[:16]
+
+
+def _line(graph: Mapping[str, Any], node: Mapping[str, Any]) -> str:
+    inputs = {key: _value(graph, value) for key, value in node.get("inputs", {}).items() if key not in FREE}
+    return json.dumps([node["class_type"], inputs], sort_keys=True, default=str)
+
+
+def _value(graph: Mapping[str, Any], value: Any) -> Any:
+    """A link is the class of the node that it comes from, so that ids do not count."""
+    if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
+        return ["link", str(graph[str(value[0])]["class_type"]), value[1]]
+    return value
