@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .timers import peak_of
+
 LINE_MAX = 200
 TEXT_MAX = 1024
 
@@ -43,8 +45,22 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
+def percent(part: int | None, whole: int | None) -> str:
+    """ "46%", "<1%"; empty where one of the two is not known."""
+    if part is None or not whole:
+        return ""
+    return "<1%" if 0 < part < 0.005 * whole else f"{100 * part / whole:.0f}%"
+
+
 def line(report: Mapping[str, Any]) -> str:
     """The summary of an `offload-report/1`, at most 200 characters; all its times in the unit of the first."""
+    text = _line(report, shares=True)
+    if len(text) > LINE_MAX:
+        text = _line(report, shares=False)
+    return _short(text, LINE_MAX)
+
+
+def _line(report: Mapping[str, Any], shares: bool) -> str:
     totals, vram = report["totals"], report["vram"]
     wall = totals["wall_s"]
     milli = wall is not None and wall < 1
@@ -62,8 +78,7 @@ def line(report: Mapping[str, Any]) -> str:
 
     work = [part(name) for name in ("encode", "denoise", "decode")] + [part("preview")] * counts("preview")
     moved = [part(name) for name in ("onload", "stall", "evict")] + [part("other")] * counts("other")
-    total = vram["total"]
-    peak = next((vram[key] for key in ("peak_torch", "peak_device", "peak_noted") if vram.get(key) is not None), None)
+    total, peak, rss = vram["total"], peak_of(report), report["ram"]["peak_rss"]
     name, _ = _unit(next((n for n in (total, peak) if n is not None), 1))
     resolved = report["resolved"]
     if resolved.get("high") is None:
@@ -71,16 +86,16 @@ def line(report: Mapping[str, Any]) -> str:
     else:
         high = size(resolved["high"], name).removesuffix(f" {name}")
     shown = size(peak, name) if total is None else size(peak, name).removesuffix(f" {name}")
-    text = " | ".join(
+    of_card, of_ram = (percent(peak, total), percent(rss, report["host"].get("ram_total"))) if shares else ("", "")
+    return " | ".join(
         (
             f"Time {time(wall)} {unit}" if wall is not None else "Time n/a",
             " ".join(work),
             " ".join(moved),
-            f"VRAM peak {shown} of {size(total, name)}, high {high}",
-            f"RAM {size(report['ram']['peak_rss'])}",
+            f"VRAM peak {shown} of {size(total, name)}{of_card and ' ' + of_card}, high {high}",
+            f"RAM {size(rss)}{of_ram and ' ' + of_ram}",
         )
     )
-    return text if len(text) <= LINE_MAX else text[: LINE_MAX - 3] + "..."
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -123,6 +138,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     if error := report.get("error"):
         lines.append(f"{error['type']}: {_short(error['message'], 200)}")
     lines.append(line(report))
+    lines += hint_lines(report)
     if resolved.get("sentence"):
         lines.append(_short(resolved["sentence"], 200))
     if totals["move_count"] or totals.get("drop_count"):
@@ -135,6 +151,17 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines.append(_short("Not known: " + ", ".join(report["unknown"]), 160))
     text = "\n".join(lines)
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
+
+
+def hint_lines(report: Mapping[str, Any]) -> list[str]:
+    """The hint of the run, or why there is none although something moved; nothing where there is nothing to say."""
+    told = []
+    for hint in list(report.get("hints") or ())[:1]:
+        label = (hint.get("action") or {}).get("label")
+        told.append(_short(f"Hint: {hint['sentence']}{f' {label}.' if label else ''}", 380))
+    if not told and report.get("hint_note"):
+        told.append(_short(f"Note: {report['hint_note']}", 300))
+    return told
 
 
 def top_moves(report: Mapping[str, Any], most: int = 4) -> list[str]:

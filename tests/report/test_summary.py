@@ -18,7 +18,7 @@ GIB = 1 << 30
 def test_the_line(record: RunRecord, given: dict[str, Any]) -> None:
     assert line(build_report(record, **given)) == (
         "Time 5.94 s | encode 0.75 denoise 3.50 decode 0.75 | onload 0.25 stall 0.50 evict 0.06 other 0.12"
-        " | VRAM peak 9.8 of 16.0 GiB, high 12.8 | RAM 15.7 GiB"
+        " | VRAM peak 11.0 of 16.0 GiB 69%, high 12.8 | RAM 15.7 GiB 25%"
     )
 
 
@@ -37,7 +37,7 @@ def test_the_line_of_a_short_run_is_in_milliseconds(clock: Any, ledger: Ledger, 
     given["ram"] = {"peak_rss": 512 << 10}
     assert line(build_report(ledger.close_run(), **given)) == (
         "Time 62.5 ms | encode 0.0 denoise 0.0 decode 0.0 preview 62.5 | onload 0.0 stall 0.0 evict 0.0"
-        " | VRAM peak 9.0 of 12.0 MiB, high none | RAM 512.0 KiB"
+        " | VRAM peak 9.0 of 12.0 MiB 75%, high none | RAM 512.0 KiB <1%"
     )
 
 
