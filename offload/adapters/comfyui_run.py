@@ -18,12 +18,12 @@ from ..policy import OffloadPolicy
 from ..session import Session
 from . import comfyui_host
 from . import comfyui_runs_host as host
-from .comfyui_runs_advice import Advice
 from .comfyui_runs_host import Ending
 from .comfyui_runs_nodes import NodeTrack
 from .comfyui_runs_report import RunReport, so_far, take
 from .comfyui_store import file_name
 from .comfyui_workload import workload_of
+from .hinting import Advice
 
 NOTES = 50  # per run
 LOADERS = frozenset({"ModelLoaderWithOffload", "ApplyOffloadPolicy", "PipelineLoaderWithOffload"})
@@ -192,7 +192,10 @@ class Run:
         """Have the run compared with those before it."""
         with self.lock:
             if self.result is not None:
-                self.result = advice.advise(self.result)
+                entered = perf_counter()
+                hints, note = advice.look(self.result.report(lists=False))
+                self.result = dataclasses.replace(self.result, hints=hints, hint_note=note)
+                self.spent(perf_counter() - entered)
 
     def no_file(self, why: str) -> None:
         """The file could not be written: the record says so."""

@@ -22,11 +22,11 @@ from ..session import Session
 from . import comfyui_host
 from . import comfyui_runs_host as host
 from .comfyui_run import LOADERS, Run
-from .comfyui_runs_advice import Advice, tell
 from .comfyui_runs_live import Live
 from .comfyui_runs_nodes import NodeTrack, Opener
-from .comfyui_runs_report import RunReport, text_of
+from .comfyui_runs_report import RunReport, tell, text_of
 from .comfyui_store import ROWS, ReportStore, write
+from .hinting import Advice
 
 OPEN_S, SAMPLE_S, SLOW_S, IDLE_S = 0.025, 0.25, 0.5, 1.0  # how often the watcher looks
 LINGER_S = 60.0  # of looking now and then after a prompt, for what dies with the host's caches
@@ -250,7 +250,7 @@ class PromptRuns:
                 return False
             if run.amend(ending):
                 self._complete(run)
-                self._advice.amended(run.prompt_id)
+                self._advice.forget(run.prompt_id)
             self._retell(run)
         assert run.result is not None
         self._publish(run, run.result)

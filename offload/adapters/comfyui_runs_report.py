@@ -7,6 +7,7 @@ host did: categories are the nodes' own times, with the host's moves inside them
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from . import comfyui_host
 from .comfyui_runs_host import Ending, partly_loaded
 from .comfyui_runs_nodes import place_steps
 from .facts import env_facts, host_facts, predicted
+
+_log = logging.getLogger(__name__)
 
 WORLDS = ("static", "pipeline", "dynamic", "observe")  # the first of those that were met names the run
 OURS = ("static", "pipeline")
@@ -332,6 +335,15 @@ def text_of(report: Mapping[str, Any]) -> str:
     lines[1:1] = [text if len(text) <= 180 else text[:177] + "..." for text in told[:5]]
     text = "\n".join(lines)
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
+
+
+def tell(report: Mapping[str, Any]) -> None:
+    """The generation line and the hint, in the log; of a prompt that uses nothing of ours, nothing."""
+    if report["worlds"] == ["observe"] and not report["file"]:
+        return
+    _log.info("Balanced Offload: %s", report["line"])
+    for hint in report["hints"]:
+        _log.info("Balanced Offload: hint: %s", hint["sentence"])
 
 
 _TOLD = ("policy", "foreign", "stock", "late", "free")

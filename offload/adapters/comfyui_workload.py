@@ -1,4 +1,4 @@
-"""What a prompt asks for, as one short text. Invariant: equal for the same graph, models and sizes, and for nothing else.
+"""What a prompt asks for, as one short text. Invariant: equal for the same graph, models and sizes, else another.
 
 The text that is encoded, the seed, names of files to write and the offload policy do not change what can be compared;
 neither do ids, which differ when somebody builds the same graph anew.
@@ -17,8 +17,8 @@ from . import comfyui_runs_host as host
 OURS = frozenset({"OffloadPolicy", "VRAMReport", "FreeVRAMToFit"})
 """Nodes whose presence does not make it another workload."""
 FREE = frozenset(
-    "seed noise_seed control_after_generate text text_g text_l clip_l t5xxl prompt negative positive string "
-    "filename_prefix policy".split()
+    {"seed", "noise_seed", "control_after_generate", "filename_prefix", "policy", "string", "prompt", "negative"}
+    | {"positive", "text", "text_g", "text_l", "clip_l", "t5xxl"}
 )
 """Inputs that differ between runs that can be compared."""
 

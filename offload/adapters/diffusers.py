@@ -25,6 +25,7 @@ from ..summary import line
 from .attachments import attachments_of
 from .facts import NO_RUN, NOT_RECORDED, RunFacts, collect, unrecorded
 from .guards import check_part, check_pipeline, refusals
+from .hinting import Advice
 from .loading import ModelFileError, load_pipeline
 from .parts import modules_of, parts_of
 
@@ -104,6 +105,7 @@ class OffloadedPipeline:
         self.session = session
         self._shared = attachments_of(session)
         self._facts: RunFacts | None = None
+        self._advice = Advice()
         self._seen: RunRecord | None = session.record
         self._recording = 0  # depth of calls of ours in progress
         self._calling = False  # between the first and the last thing that a call of the pipeline does
@@ -262,7 +264,7 @@ class OffloadedPipeline:
         record = session.record
         if self._shared.owner is self and record is not None and record is not self._seen:
             self._seen = record
-            self._facts = collect(session, record, output_neutral=self._neutral)
+            self._facts = collect(session, record, output_neutral=self._neutral).advised(session, self._advice)
 
     @property
     def _neutral(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,9 @@ from ..ledger import RunRecord
 from ..policy import Machine
 from ..report import build_report
 from ..session import Session
+from ..summary import line
 from ..version import version
+from .hinting import Advice
 
 NOT_RECORDED = (
     "this run was not recorded: in mode none a direct call of a pipeline that has no check_inputs meets nothing of "
@@ -36,6 +39,10 @@ class RunFacts:
     ram: dict[str, Any]
     output_neutral: bool | None
     prediction: dict[str, Any]
+    components: tuple[dict[str, Any], ...] = ()
+    workload: str | None = None
+    hints: tuple[dict[str, Any], ...] = ()
+    hint_note: str | None = None
 
     def report(
         self,
@@ -46,9 +53,10 @@ class RunFacts:
         nodes: Sequence[Mapping[str, Any]] = (),
         sources: Mapping[str, str] | None = None,
         full: bool = False,
+        lists: bool = True,
     ) -> dict[str, Any]:
         """`offload-report/1` of this run. `env`: what a host adds to it; `nodes`: its nodes, where it has them."""
-        return build_report(
+        report = build_report(
             self.record,
             host=host_facts(session.backend, session.machine),
             env={**env_facts(), **(env or {})},
@@ -61,9 +69,20 @@ class RunFacts:
             output_neutral=self.output_neutral,
             prediction=self.prediction,
             nodes=nodes,
+            components=self.components,
+            workload=self.workload,
+            hints=self.hints,
+            hint_note=self.hint_note,
             sources=sources,
             full=full,
+            lists=lists,
         )
+        return report | {"line": line(report)}
+
+    def advised(self, session: Session, advice: Advice) -> RunFacts:
+        """The same run, compared with those before it."""
+        hints, note = advice.look(self.report(session, lists=False))
+        return replace(self, hints=hints, hint_note=note)
 
 
 def host_facts(backend: Backend, machine: Machine) -> dict[str, Any]:
@@ -114,7 +133,17 @@ def collect(session: Session, record: RunRecord, *, output_neutral: bool | None)
         },
         output_neutral=output_neutral,
         prediction=predicted(session),
+        components=tuple(
+            {"name": name, "weight_bytes": managed.info.weight_bytes} for name, managed in session.components.items()
+        ),
+        workload=_workload(session, record),
     )
+
+
+def _workload(session: Session, record: RunRecord) -> str:
+    """Equal for runs of the same models on inputs of the same shapes in as many steps, whatever their policy."""
+    parts = [(m.info.name, m.info.class_name, m.info.weight_bytes, m.lead) for m in session.components.values()]
+    return hashlib.sha256(repr((parts, len(record.steps))).encode()).hexdigest()[:16]
 
 
 def predicted(session: Session) -> dict[str, Any]:
