@@ -140,7 +140,8 @@ function normal(/** @type {string} */ field, /** @type {unknown} */ value) {
       .filter(Boolean)
       .join(",");
   }
-  return String(value).trim().toLowerCase();
+  const text = String(value).trim().toLowerCase();
+  return field === "gc_threshold" && ["null", "auto", "profile"].includes(text) ? "profile" : text;
 }
 
 /**

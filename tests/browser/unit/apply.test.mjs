@@ -157,6 +157,9 @@ test("numbers, text, case and ways to write a list are one value", () => {
   const found = { node: policyNode(1, { never: "clip-l t5;vae", reserve: "0", mode: "auto" }), path: [], id: "1" };
   assert.equal(spells(found, { ...POLICY, never: ["clip-l", "t5", "vae"], mode: "AUTO", unknown_field: 3 }), true);
   assert.equal(spells(found, { ...POLICY, never: ["clip-l"] }), false);
+  found.node.widgets.push({ name: "gc_threshold", value: "profile" });
+  assert.equal(spells(found, { gc_threshold: null }), true);
+  assert.equal(spells(found, { gc_threshold: 0.7 }), false);
   assert.equal(spells(found, {}), false, "an empty policy says nothing about any node");
 });
 

@@ -1,0 +1,141 @@
+// @ts-check
+/**
+ * Invariant: at most one hint is seen, never one that the user hid, and nothing is changed before its button is pressed.
+ * What the button did, or why it did nothing, stands beside it.
+ *
+ * A hint's words come from the server and are text, whatever is in them.
+ */
+import { applyHint, whatToSet } from "./apply.js";
+import { button, el, setText } from "./dom.js";
+import { count, percent, seconds } from "./format.js";
+
+/** @typedef {import("./types").Hint} Hint */
+/** @typedef {import("./types").Host} Host */
+/** @typedef {import("./types").Report} Report */
+/** @typedef {import("./types").RunRow} RunRow */
+
+export const HINTS = "BalancedOffload.Hints";
+export const HIDDEN = "BalancedOffload.HiddenHints";
+
+/** Why a hint is given at all: the rule behind it, in words. */
+const WHY = new Map([
+  [
+    "FITS_BUT_MOVED",
+    "All weights of the run and its largest activations fit on the card, yet this component was moved. Moves of a run " +
+      "that fits are avoidable.",
+  ],
+  [
+    "NO_OFFLOAD_FASTER",
+    "Everything fits, with room to spare. Mode none keeps it all resident, and nothing has to be moved or waited for.",
+  ],
+  ["DECODE_PEAK", "The decode needs more VRAM than is free beside the weights that stay on the card."],
+  ["HIGH_MARK_TOO_LOW", "The high mark makes weights stream in every step although the card has room for more of them."],
+  ["RAM_PRESSURE", "RAM is short: copies from memory that cannot be page-locked, or that was swapped out, are slow."],
+  ["CORE_DEFAULT_BEST", "ComfyUI's own handling of VRAM was at least as fast in a comparable run."],
+]);
+const EVIDENCE = "Hints are given only where the ledger proves the saving over two comparable runs.";
+
+/** The codes that the user does not want to see. @param {unknown} setting @returns {string[]} */
+export function hiddenCodes(setting) {
+  if (typeof setting !== "string") return [];
+  return [...new Set(setting.split(/[,;\s]+/).filter(Boolean))];
+}
+
+/**
+ * What is to be seen of a run's hints.
+ * @param {RunRow | null} run @param {unknown} on @param {unknown} hidden the two settings
+ * @returns {{hint: Hint | null, note: string | null}}
+ */
+export function hintOf(run, on, hidden) {
+  if (!run || on === false) return { hint: null, note: null };
+  const codes = hiddenCodes(hidden);
+  const hint = run.hints.find((one) => !codes.includes(one.code)) ?? null;
+  return { hint, note: hint ? null : run.hint_note };
+}
+
+/** Rows of "Why?": what is known, in figures. @param {Hint} hint @param {RunRow} run @returns {[string, string][]} */
+export function whyOf(hint, run) {
+  /** @type {[string, string][]} */
+  const rows = [];
+  const wall = run.totals.wall_s;
+  const share = hint.saving_s !== null && wall ? `, ${percent(hint.saving_s / wall)} of this run` : "";
+  rows.push(["Proven saving", `${seconds(hint.saving_s)}${share}`]);
+  if (run.totals.move_count !== null) rows.push(["Moves in this run", count(run.totals.move_count)]);
+  if (hint.action) rows.push(["The button sets", `${whatToSet(hint.action.set)} on the Offload Policy node`]);
+  rows.push(["Code", hint.code]);
+  return rows;
+}
+
+/** @param {Host} host @param {{say: (text: string) => void, changed: () => void, leave: () => void}} panel */
+export function makeHintBox(host, { say, changed, leave }) {
+  const element = el("section", "bo-hint");
+  element.hidden = true;
+  element.setAttribute("aria-label", "Hint");
+  const note = el("p", "bo-hint-note");
+  const sentence = el("p", "bo-hint-text");
+  const act = button("", "", () => run && hint && done(applyHint(host, hint, run).text));
+  const hide = button("Do not show again", "Do not show again", () => hint && hideCode(hint.code));
+  act.classList.add("bo-hint-act");
+  hide.classList.add("bo-hint-hide");
+  const why = el("details", "bo-hint-why");
+  const said = el("p", "bo-hint-said");
+  const facts = el("dl", "bo-hint-facts");
+  const rule = el("p", "bo-hint-rule");
+  why.append(el("summary", "bo-hint-summary", "Why?"), rule, facts, helpLink());
+  const mark = el("span", "bo-hint-mark", "▶ Hint");
+  element.append(mark, sentence, act, hide, why, said, note);
+  /** @type {Hint | null} */
+  let hint = null;
+  /** @type {RunRow | Report | null} */
+  let run = null;
+  let drawn = "";
+
+  /** @param {string} text */
+  function done(text) {
+    said.textContent = text;
+    say(text);
+  }
+
+  /** @param {string} code */
+  function hideCode(code) {
+    host.setSetting(HIDDEN, [...hiddenCodes(host.setting(HIDDEN)), code].join(","));
+    say(`Hint hidden. To see it again take ${code} out of the setting "Hidden hints".`);
+    changed();
+    leave(); // the button that had the focus is gone
+  }
+
+  return {
+    element,
+    /** @param {RunRow | Report | null} shown @param {unknown} [hidden] the setting, where it is newer than the host's */
+    update(shown, on = host.setting(HINTS), hidden = host.setting(HIDDEN)) {
+      run = shown;
+      const now = hintOf(shown, on, hidden);
+      hint = now.hint;
+      const key = JSON.stringify([shown?.prompt_id, now, shown?.totals.wall_s]);
+      if (key === drawn) return;
+      drawn = key;
+      element.hidden = !now.hint && !now.note;
+      element.dataset.code = hint?.code ?? "";
+      for (const part of [mark, sentence, act, hide, why, said]) part.hidden = !hint;
+      note.hidden = !now.note;
+      note.textContent = now.note ? `No hint: ${now.note}` : "";
+      said.textContent = "";
+      if (!hint || !shown) return;
+      setText(sentence, hint.sentence);
+      act.hidden = !hint.action;
+      setText(act, hint.action?.label ?? "");
+      why.open = false;
+      rule.textContent = `${WHY.get(hint.code) ?? ""} ${EVIDENCE}`.trim();
+      facts.replaceChildren(...whyOf(hint, shown).flatMap(([key, value]) => [el("dt", "bo-hint-key", key), el("dd", "bo-hint-value", value)]));
+    },
+  };
+}
+
+/** The help page lies beside the scripts. */
+function helpLink() {
+  const link = el("a", "bo-link", "What the figures mean");
+  link.href = new URL("../docs/VRAMReport.md", import.meta.url).href;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  return link;
+}

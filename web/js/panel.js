@@ -1,0 +1,249 @@
+// @ts-check
+/**
+ * Invariant: the panel draws what the store holds and changes nothing but what is picked in it; after unmount nothing of
+ * it listens, waits or draws. What goes wrong is said in words, with what to do.
+ *
+ * One live region: at the end of a run, and after a press of a hint's button, one sentence.
+ */
+import { el, setText } from "./dom.js";
+import { dress } from "./dress.js";
+import { bytes, seconds } from "./format.js";
+import { HIDDEN, HINTS, makeHintBox } from "./hintbox.js";
+import { comparable } from "./model.js";
+import { makeBody } from "./panelbody.js";
+import { figuresOf, liveFigures, makeDownloads, makeFigures, verdictOf } from "./panelhead.js";
+import { LIMIT, makeLoader, makePicker, NOW, optionsOf, pickedOf, viewOf } from "./runs.js";
+
+/** @typedef {import("./types").Host} Host */
+/** @typedef {import("./types").Report} Report */
+/** @typedef {import("./types").RunRow} RunRow */
+/** @typedef {import("./types").StoreLike} StoreLike */
+
+const SCHEMA = "offload-report/1";
+/** How long the end of a run waits for its report before the run before it is shown. */
+const PATIENCE_MS = 4000;
+const EMPTY =
+  "No run yet. Press Run: after the first prompt this panel shows VRAM over time by component, the steps, and what was " +
+  "moved and what it cost. To say how much VRAM a model may use, add an Offload Policy node (category Offload) and " +
+  "connect it to Model Loader with Offload or Apply Offload Policy; add VRAM Report for the figures on the graph.";
+
+/**
+ * @param {HTMLElement} place
+ * @param {Host} host
+ * @param {StoreLike} store
+ * @returns {() => void} unmount
+ */
+export function mountPanel(place, host, store) {
+  ensureStyle();
+  const root = el("div", "bo-panel");
+  root.setAttribute("role", "region");
+  root.setAttribute("aria-label", "Balanced Offload");
+  const picker = makePicker((value) => store.select(pickedOf(value, store)));
+  const figures = makeFigures();
+  /** @type {string | null} */
+  let failed = null;
+  const downloads = makeDownloads(host, (text) => {
+    failed = text;
+    later();
+  });
+  const head = el("div", "bo-panel-head");
+  head.append(picker.element, figures.element, downloads.element);
+  const verdict = el("span", "bo-panel-verdict");
+  const line = el("span", "bo-panel-line");
+  const under = el("p", "bo-panel-under");
+  under.append(verdict, line);
+  const problem = el("p", "bo-panel-problem");
+  const note = el("p", "bo-panel-note");
+  const empty = el("p", "bo-panel-empty", EMPTY);
+  const status = el("p", "bo-panel-status");
+  status.setAttribute("role", "status");
+  const hint = makeHintBox(host, {
+    say: (text) => setText(status, text),
+    changed: () => later(),
+    leave: () => picker.element.focus(),
+  });
+  const body = makeBody();
+  root.append(head, under, problem, note, hint.element, empty, body.element, status);
+  place.replaceChildren(root);
+  const look = dress(root);
+
+  /** The run whose end we saw and whose row has not come. @type {string | null} */
+  let waiting = null;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let patience;
+  let frame = 0;
+  let on = store.running !== null;
+  /** Settings as they were changed last: the host tells before it keeps them. @type {Map<string, unknown>} */
+  const changed = new Map();
+
+  const loader = makeLoader(host, store, () => later());
+
+  function later() {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      render();
+    });
+  }
+
+  function render() {
+    if (!root.isConnected || !root.clientWidth) return; // another tab is open; being seen again draws
+    const { running, runs, selected } = store;
+    const view = viewOf({ running, runs, selected, waiting: waiting !== null });
+    const id = view.kind === "run" ? view.id : null;
+    const row = id === null ? null : store.row(id);
+    const report = id === null ? null : store.report(id);
+    const beforeRow = comparable(runs, row ?? report);
+    loader.want([id, beforeRow?.prompt_id ?? null]);
+    const run = report ?? row;
+
+    root.dataset.view = view.kind;
+    picker.update(pickable(id, view.kind === "now" || running !== null), view.kind === "now" ? NOW : (id ?? ""));
+    figures.update(view.kind === "now" ? liveFigures(store) : run ? figuresOf(run) : liveFigures({ ...store, live: null, points: [] }));
+    downloads.update(id);
+    setText(verdict, run ? verdictOf(run) : view.kind === "now" ? nowText(store) : "");
+    verdict.dataset.verdict = run?.error ? "error" : (run?.verdict ?? "");
+    setText(line, run?.line ?? "");
+    const text = failed ?? problemText(id);
+    setText(problem, text);
+    problem.hidden = !text;
+    setText(note, report && report.schema !== SCHEMA ? newer(report.schema) : "");
+    note.hidden = !note.textContent;
+    hint.update(run, changed.get(HINTS) ?? host.setting(HINTS), changed.get(HIDDEN) ?? host.setting(HIDDEN));
+    empty.hidden = view.kind !== "empty" || loader.loading() || Boolean(text);
+    body.element.hidden = view.kind === "empty" || (view.kind === "run" && !report);
+    if (view.kind === "now") body.showNow(store);
+    else if (report) body.showRun(report, beforeRow?.prompt_id ? store.report(beforeRow.prompt_id) : null, beforeRow);
+  }
+
+  /** A run that was picked and is not among the rows is still what is shown. @param {string | null} id @param {boolean} now */
+  function pickable(id, now) {
+    const rows = store.runs.slice(0, LIMIT);
+    const known = id === null || rows.some((row) => row.prompt_id === id);
+    const extra = known || id === null ? null : store.report(id);
+    return optionsOf(extra ? [...rows.slice(0, LIMIT - 1), extra] : rows, now);
+  }
+
+  /** @param {string | null} id */
+  function problemText(id) {
+    const found = loader.problem(id);
+    if (found.runs) {
+      return `The list of runs could not be read (${found.runs}). If the pack was just installed or updated, restart ComfyUI; asking again.`;
+    }
+    if (!found.report) return "";
+    return `The report of this run could not be read (${found.report}). The server keeps the last runs until it restarts: pick another run; asking again.`;
+  }
+
+  /** The run began or ended. */
+  function turned() {
+    const ended = on && store.running === null;
+    on = store.running !== null;
+    if (on) stopWaiting();
+    if (ended) waitFor(store.live?.prompt_id ?? null);
+    later();
+  }
+
+  /** @param {string | null} id */
+  function waitFor(id) {
+    stopWaiting();
+    if (id !== null && store.row(id)) return announce(id);
+    waiting = id ?? "";
+    patience = setTimeout(() => {
+      waiting = null;
+      loader.refresh();
+      later();
+    }, PATIENCE_MS);
+  }
+
+  function stopWaiting() {
+    clearTimeout(patience);
+    waiting = null;
+  }
+
+  let newest = store.runs[0]?.prompt_id ?? null;
+  function rowsCame() {
+    const first = store.runs[0]?.prompt_id ?? null;
+    const came = first !== newest;
+    newest = first;
+    if (waiting !== null && (waiting === "" ? came : store.row(waiting) !== null)) {
+      const id = waiting || first;
+      stopWaiting();
+      if (id !== null) announce(id);
+    }
+    later();
+  }
+
+  /** @param {string} id */
+  function announce(id) {
+    const row = store.row(id);
+    if (!row) return;
+    const { totals, vram } = row;
+    const said = `Run ended: ${verdictOf(row)}, ${seconds(totals.wall_s)}, peak ${bytes(vram.peak)}.`;
+    setText(status, row.hints.length && !hint.element.hidden ? `${said} There is a hint.` : said);
+  }
+
+  const offs = [
+    store.on("live", later),
+    store.on("run", turned),
+    store.on("runs", rowsCame),
+    store.on("report", later),
+    store.on("selected", () => {
+      failed = null;
+      later();
+    }),
+    ...[HINTS, HIDDEN].map((id) =>
+      host.onSetting(id, (value) => {
+        changed.set(id, value);
+        later();
+      }),
+    ),
+  ];
+  const resized = new ResizeObserver(() => {
+    body.resize(root.clientWidth);
+    root.dataset.low = String(place.clientHeight < 260);
+    look.refresh();
+    later();
+  });
+  resized.observe(root);
+  root.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.defaultPrevented) return;
+    event.stopPropagation();
+    if (document.activeElement instanceof HTMLElement) document.activeElement.blur();
+  });
+  loader.refresh();
+  later();
+
+  return () => {
+    offs.forEach((off) => off());
+    stopWaiting();
+    loader.stop();
+    resized.disconnect();
+    cancelAnimationFrame(frame);
+    body.destroy();
+    look.off();
+    root.remove();
+  };
+}
+
+/** @param {StoreLike} store */
+function nowText({ live, running }) {
+  const node = running?.node ?? live?.node;
+  const parts = [running ? "running" : "the run has ended, its report is being made"];
+  if (running && node) parts.push(`node ${node}`);
+  if (running && live?.step != null) parts.push(`step ${live.step} of ${live.steps ?? "n/a"}`);
+  return parts.join(" · ");
+}
+
+/** @param {string} schema */
+const newer = (schema) =>
+  `This report is of schema ${schema}, newer than this page knows (${SCHEMA}): what it understands is shown. ` +
+  "Reload the page, or update the pack, to see all of it.";
+
+/** The panel's own style sheet, once per page. */
+function ensureStyle() {
+  const href = new URL("./panel.css", import.meta.url).href;
+  if ([...document.querySelectorAll("link.bo-style")].some((link) => link.getAttribute("href") === href)) return;
+  const link = el("link", "bo-style");
+  link.rel = "stylesheet";
+  link.href = href;
+  document.head.append(link);
+}

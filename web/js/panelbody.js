@@ -1,0 +1,193 @@
+// @ts-check
+/**
+ * Invariant: the run that is on and the run that has ended use the same places, so that nothing jumps when one becomes
+ * the other; whatever is not known of a run is said in its place.
+ */
+import { makeSteps } from "./bars.js";
+import { el, setText } from "./dom.js";
+import { makeMeter } from "./meter.js";
+import { componentRows, nodeRows, stepsOf, timelineOf, vramOf } from "./model.js";
+import { runLabel } from "./runs.js";
+import { makeSpark } from "./spark.js";
+import { makeTable } from "./table.js";
+import { makeTabs } from "./tabs.js";
+import { makeTimeline } from "./timeline.js";
+
+/** @typedef {import("./types").Report} Report */
+/** @typedef {import("./types").RunRow} RunRow */
+/** @typedef {import("./types").StoreLike} StoreLike */
+/** @typedef {import("./table.js").Column} Column */
+
+/** Below this width the sections share one place. */
+const WIDE = 900;
+const ALL = ["vram", "steps", "components", "nodes", "timers"];
+const TABLES = ["components", "nodes", "timers"];
+const OUTSIDE = "(outside the stages)";
+const AT_END = "Known when the run has ended.";
+
+/** @type {Column[]} */
+const COMPONENTS = [
+  { key: "component", title: "Component", kind: "text" },
+  { key: "resident", title: "Resident", kind: "percent", help: "Most of its weights that were on the device at once" },
+  { key: "weight_bytes", title: "Weights", kind: "bytes" },
+  { key: "moves", title: "Moves", kind: "count", help: "Copies from RAM to VRAM; evictions copy nothing" },
+  { key: "bytes_h2d", title: "Moved", kind: "bytes", help: "Bytes copied from RAM to VRAM" },
+  { key: "avoidable_bytes", title: "Avoidable", kind: "bytes", help: "Bytes of moves that the run did not need" },
+  { key: "onload_s", title: "Onload", kind: "seconds", help: "Blocked on a copy outside a step" },
+  { key: "stall_s", title: "Stall", kind: "seconds", help: "Compute waits for a copy, inside a step" },
+  { key: "evict_s", title: "Evict", kind: "seconds", help: "Giving room back" },
+  { key: "compute_s", title: "Compute", kind: "seconds" },
+  { key: "peak", title: "Peak", kind: "bytes", help: "Most VRAM in use during its stages" },
+  { key: "change_s", title: "Change", kind: "delta", help: "Time of its moves against the comparable run" },
+];
+/** @type {Column[]} */
+const NODES = [
+  { key: "display", title: "Node", kind: "text" },
+  { key: "type", title: "Type", kind: "text" },
+  { key: "wall_s", title: "Time", kind: "seconds" },
+  { key: "moves_s", title: "Moves", kind: "seconds", help: "Onload, stall and evict together" },
+  { key: "stall_s", title: "Stall", kind: "seconds", help: "Compute waits for a copy, inside a step" },
+  { key: "peak", title: "Peak", kind: "bytes" },
+  { key: "change_s", title: "Change", kind: "delta", help: "Time of the node against the comparable run" },
+];
+/** @type {Column[]} */
+const TIMERS = [
+  { key: "name", title: "Timer", kind: "text" },
+  { key: "seconds", title: "Time", kind: "seconds" },
+  { key: "means", title: "What it is", kind: "text" },
+  { key: "turn", title: "What to turn", kind: "text" },
+];
+/** @type {Column[]} */
+const NOW_COMPONENTS = [
+  { key: "name", title: "Component", kind: "text" },
+  { key: "resident", title: "Resident", kind: "percent" },
+  { key: "bytes", title: "On the device", kind: "bytes" },
+  { key: "total", title: "Weights", kind: "bytes" },
+];
+let made = 0;
+
+/** What the change column is measured against. @param {RunRow | null} before */
+export function comparedWith(before) {
+  return before ? `Change: against ${runLabel(before)}` : "Change: no comparable run";
+}
+
+export function makeBody() {
+  const timeline = makeTimeline({ label: "VRAM over the run", height: 132 });
+  const meter = makeMeter({ label: "VRAM now" });
+  const spark = makeSpark({ label: "VRAM of this run so far" });
+  const steps = makeSteps({ label: "Steps", height: 104 });
+  const nowSteps = makeSteps({ label: "Steps so far", height: 104 });
+  const components = makeTable({ caption: "By component", columns: COMPONENTS, empty: "Nothing is known of components." });
+  const nowComponents = makeTable({ caption: "Components now", columns: NOW_COMPONENTS, empty: "Nothing is known of components." });
+  const nodes = makeTable({ caption: "By node", columns: NODES, empty: "Nothing is known of nodes." });
+  const timers = makeTable({ caption: "Where the time went", columns: TIMERS, empty: "This report has no timers." });
+  const parts = [timeline, meter, spark, steps, nowSteps, components, nowComponents, nodes, timers];
+
+  const compared = [el("p", "bo-compared"), el("p", "bo-compared")];
+  const waits = [el("p", "bo-muted", AT_END), el("p", "bo-muted", AT_END)];
+  const ofRun = [timeline.element, steps.element, components.element, compared[0], nodes.element, compared[1], timers.element];
+  const ofNow = [meter.element, spark.element, nowSteps.element, nowComponents.element, ...waits];
+  const sections = [
+    sectionOf("vram", "VRAM", [timeline.element, meter.element, spark.element]),
+    sectionOf("steps", "Steps", [steps.element, nowSteps.element]),
+    sectionOf("components", "Components", [components.element, compared[0], nowComponents.element]),
+    sectionOf("nodes", "Nodes", [nodes.element, compared[1], waits[0]]),
+    sectionOf("timers", "Timers", [timers.element, waits[1]]),
+  ];
+  const tabs = makeTabs("What is shown", sections, `bo-panel-${(made += 1)}`, () => place());
+  const tables = el("div", "bo-tables");
+  const element = el("div", "bo-body");
+  const own = sections.slice(0, 2).map((section) => section.element);
+  tables.append(tabs.element, ...sections.slice(2).map((section) => section.element));
+  element.append(...own, tables);
+
+  /** @param {boolean} now */
+  const face = (now) => {
+    for (const part of ofRun) part.hidden = now;
+    for (const part of ofNow) part.hidden = !now;
+  };
+  /** Tables share one place, which is empty while another tab is selected. */
+  const place = () => {
+    tables.hidden = element.dataset.columns === "one" && !TABLES.includes(tabs.active());
+  };
+  /** @type {Report | null} */
+  let drawn = null;
+  /** @type {Report | null} */
+  let drawnBefore = null;
+
+  return {
+    element,
+    tabs,
+    /** The list of tabs stands where it belongs: over all sections, or over the tables. @param {number} width */
+    resize(width) {
+      const wide = width >= WIDE;
+      element.dataset.columns = wide ? "three" : "one";
+      if (wide && tabs.element.parentElement !== tables) tables.prepend(tabs.element);
+      if (!wide && tabs.element.parentElement !== element) element.prepend(tabs.element);
+      tabs.offer(wide ? TABLES : ALL);
+      place();
+    },
+    /** @param {Report} report @param {Report | null} before @param {RunRow | null} beforeRow */
+    showRun(report, before, beforeRow) {
+      face(false);
+      for (const note of compared) setText(note, comparedWith(beforeRow));
+      if (report === drawn && before === drawnBefore) return;
+      if (report !== drawn) {
+        timeline.update(timelineOf(report));
+        steps.update(stepsOf(report));
+        timers.update(report.timers.map((timer) => ({ ...timer })));
+      }
+      components.update(componentRows(report, before).map((row) => ({ ...row, component: row.component || OUTSIDE })));
+      nodes.update(nodeRows(report, before ?? beforeRow));
+      drawn = report;
+      drawnBefore = before;
+    },
+    /** @param {StoreLike} store */
+    showNow(store) {
+      face(true);
+      const { live, samples, points } = store;
+      const vram = live ? vramOf(live) : null;
+      meter.update(vram);
+      spark.update([...samples], { high: vram?.high, low: vram?.low, total: vram?.total });
+      nowSteps.update(pointSteps(points));
+      nowComponents.update((live?.components ?? []).map(nowRow));
+    },
+    destroy: () => parts.forEach((part) => part.destroy()),
+  };
+}
+
+/** Exact points at step boundaries as the steps that they end. @param {readonly import("./types").Point[]} points */
+export function pointSteps(points) {
+  /** @type {import("./types").Step[]} */
+  const steps = [];
+  /** @type {import("./types").Point | null} */
+  let last = null;
+  for (const point of points) {
+    const { step_ms, stall_ms, moved, node, t } = point;
+    const same = last !== null && last.node === node;
+    const before = same ? /** @type {import("./types").Point} */ (last).moved : null;
+    if (step_ms !== null) {
+      steps.push({
+        ...{ node, i: point.step === null ? steps.length : Math.max(0, point.step - 1), count: 1 },
+        ...{ t0: t === null ? null : Math.max(0, t - step_ms / 1e3), t1: t, overlapped_s: null },
+        compute_s: Math.max(0, step_ms - (stall_ms ?? 0)) / 1e3,
+        stall_s: stall_ms === null ? null : stall_ms / 1e3,
+        bytes_h2d: moved !== null && before !== null && moved >= before ? moved - before : null,
+      });
+    }
+    last = point;
+  }
+  return steps;
+}
+
+/** @param {import("./types").ComponentBytes} component */
+function nowRow({ name, bytes, total }) {
+  return { name, bytes, total, resident: bytes === null || !total ? null : bytes / total };
+}
+
+/** @param {string} id @param {string} title @param {HTMLElement[]} inside */
+function sectionOf(id, title, inside) {
+  const element = el("section", `bo-section bo-section-${id}`);
+  element.append(...inside);
+  return { id, title, element };
+}
