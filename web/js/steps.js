@@ -1,0 +1,102 @@
+/**
+ * Invariant: pure; a step's times are those of one step (an entry that stands for several is their mean), unknown stays
+ * null, and every step of the window is in exactly one column.
+ */
+import { known } from "./scale.js";
+
+/** @typedef {import("./types.d.ts").Step} Step */
+/**
+ * @typedef {object} CleanStep
+ * @property {Step} step as it came
+ * @property {string} name its number for people, from 1: "7", or "41-60"
+ * @property {string | null} node
+ * @property {number} count how many steps it stands for
+ * @property {{compute_s: number | null, stall_s: number | null, overlapped_s: number | null, bytes: number | null}} each
+ * @property {number | null} wall of one: compute and stall
+ */
+/** @typedef {{first: number, last: number, worst: number, from: number, to: number}} Bucket from, to: shares of the width */
+
+/**
+ * @param {any} steps
+ * @returns {CleanStep[]}
+ */
+export function cleanSteps(steps) {
+  return (Array.isArray(steps) ? steps : []).flatMap((step) => {
+    if (!step || typeof step !== "object") return [];
+    const count = Math.max(1, Math.round(known(step.count) ?? 1));
+    const first = Math.round(known(step.i) ?? 0) + 1;
+    const one = (/** @type {unknown} */ value) => {
+      const n = known(value);
+      return n === null ? null : n / count;
+    };
+    const each = {
+      compute_s: one(step.compute_s),
+      stall_s: one(step.stall_s),
+      overlapped_s: one(step.overlapped_s),
+      bytes: one(step.bytes_h2d),
+    };
+    const none = each.compute_s === null && each.stall_s === null;
+    return [
+      {
+        step,
+        name: count > 1 ? `${first}-${first + count - 1}` : String(first),
+        node: typeof step.node === "string" && step.node ? step.node : null,
+        count,
+        each,
+        wall: none ? null : (each.compute_s ?? 0) + (each.stall_s ?? 0),
+      },
+    ];
+  });
+}
+
+/**
+ * @param {CleanStep[]} steps
+ * @param {"compute_s" | "stall_s" | "overlapped_s" | "bytes"} key
+ * @returns {number | null} null where none is known
+ */
+export function sumOf(steps, key) {
+  return steps.reduce((/** @type {number | null} */ all, step) => {
+    const value = step.each[key];
+    return value === null ? all : (all ?? 0) + value * step.count;
+  }, null);
+}
+
+/**
+ * Columns of at least `least` pixels.
+ * @param {CleanStep[]} steps
+ * @param {{from: number, to: number}} view in steps
+ * @param {number} width
+ * @param {number} least
+ * @returns {Bucket[]}
+ */
+export function bucketsOf(steps, view, width, least) {
+  if (!steps.length || !(width > 0)) return [];
+  const span = view.to - view.from;
+  const each = Math.max(1, Math.ceil((span * least) / width));
+  /** @type {Bucket[]} */
+  const out = [];
+  const start = Math.max(0, Math.floor(view.from / each) * each);
+  for (let first = start; first < Math.min(steps.length, view.to); first += each) {
+    const last = Math.min(first + each, steps.length) - 1;
+    let worst = first;
+    for (let i = first; i <= last; i += 1) if ((steps[i].wall ?? -1) > (steps[worst].wall ?? -1)) worst = i;
+    out.push({ first, last, worst, from: (first - view.from) / span, to: (last + 1 - view.from) / span });
+  }
+  return out;
+}
+
+/**
+ * Neighbouring steps of one node.
+ * @param {CleanStep[]} steps
+ * @returns {{node: string | null, from: number, to: number}[]}
+ */
+export function groupsOf(steps) {
+  /** @type {{node: string | null, from: number, to: number}[]} */
+  const out = [];
+  steps.forEach((step, i) => {
+    const last = out[out.length - 1];
+    if (last && last.node === step.node) last.to = i + 1;
+    else out.push({ node: step.node, from: i, to: i + 1 });
+  });
+  return out;
+}

@@ -1,0 +1,332 @@
+/**
+ * Invariant: reads the state, draws it, keeps nothing but where the glyphs are; two texts never lie on each other.
+ */
+import { bytes, seconds } from "./format.js";
+import { componentLook } from "./look.js";
+import { glyph, inkOf, line, markLine, shorten, textWidth, write } from "./paint.js";
+import { clamp, ticks, ticksBetween } from "./scale.js";
+import { columnsOf } from "./stack.js";
+import { cssColor, mix, parseColor } from "./color.js";
+
+/** @typedef {import("./look.js").Theme} Theme */
+/** @typedef {import("./stack.js").Stack} Stack */
+/** @typedef {import("./stack.js").TimelineModel} TimelineModel */
+/** @typedef {import("./scale.js").View} View */
+/** @typedef {import("./surface.js").Box} Box */
+/** @typedef {{x: number, events: TimeEvent[]}} Spot events that fall on one glyph */
+/** @typedef {{t: number, kind: "stage" | "evict" | "oom", text: string}} TimeEvent */
+/**
+ * @typedef {object} State
+ * @property {TimelineModel} model
+ * @property {Stack} stack
+ * @property {TimeEvent[]} events ascending
+ * @property {View} view
+ * @property {number | null} cursor a time
+ */
+
+const BAND = 20;
+const LANE = 16;
+const AXIS = 18;
+
+/**
+ * @param {number} width
+ * @param {number} height
+ * @param {Theme} theme
+ * @param {number} extent bytes at the top
+ */
+export function frameOf(width, height, theme, extent) {
+  const marks = ticks(extent, 4, 1024);
+  const room = Math.max(...[0, ...marks].map((tick) => textWidth(bytes(tick), theme.font)));
+  const left = width < 320 ? 0 : room + 10;
+  return { left, width: width - left, top: BAND + LANE + 2, bottom: height - AXIS, marks };
+}
+
+/**
+ * @param {TimelineModel} model
+ * @param {Stack} stack
+ */
+export function extentOf(model, stack) {
+  return Math.max(model.total ?? 0, stack.peak, model.high ?? 0, model.low ?? 0) || 1;
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Box} box
+ * @param {State} state
+ * @returns {Spot[]} where the glyphs are
+ */
+export function drawTimeline(ctx, { width, height, theme }, state) {
+  const { model, stack, view } = state;
+  const extent = extentOf(model, stack);
+  const frame = frameOf(width, height, theme, extent);
+  const x = (/** @type {number} */ time) => frame.left + view.at(time) * frame.width;
+  const y = (/** @type {number} */ n) => frame.bottom - (clamp(n, 0, extent) / extent) * (frame.bottom - frame.top);
+  grid(ctx, theme, frame, y, width);
+  ctx.save();
+  ctx.beginPath();
+  ctx.rect(frame.left, 0, frame.width, height);
+  ctx.clip();
+  const columns = columnsOf(stack, view.from, view.to, Math.max(1, Math.floor(frame.width)), model.end);
+  const runs = runsOf(columns, frame.width / columns.length);
+  const labels = areas(ctx, theme, stack, runs, frame.left, y);
+  bands(ctx, theme, model, frame, x);
+  if (model.total !== null) markLine(ctx, "total", theme, frame.left, y(model.total), width, y(model.total));
+  for (const kind of /** @type {const} */ (["high", "low"])) {
+    const at = model[kind];
+    if (at !== null) markLine(ctx, kind, theme, frame.left, y(at), width, y(at));
+  }
+  const taken = markNames(ctx, theme, model, frame, y, width);
+  for (const label of labels) {
+    if (!taken.some((box) => overlaps(box, label))) write(ctx, label.text, label.x, label.y, theme, { align: "center" });
+  }
+  if (state.cursor !== null) {
+    ctx.strokeStyle = theme.text;
+    ctx.lineWidth = 1;
+    line(ctx, Math.round(x(state.cursor)) + 0.5, 0, Math.round(x(state.cursor)) + 0.5, frame.bottom);
+  }
+  const spots = glyphs(ctx, theme, state, frame, x);
+  ctx.restore();
+  times(ctx, theme, frame, view, width, height);
+  if (!frame.left) for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
+  return spots;
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {ReturnType<typeof frameOf>} frame
+ * @param {(n: number) => number} y
+ * @param {number} width
+ */
+function grid(ctx, theme, frame, y, width) {
+  ctx.lineWidth = 1;
+  for (const tick of [0, ...frame.marks]) {
+    const at = Math.round(y(tick)) + 0.5;
+    ctx.strokeStyle = tick ? theme.grid : theme.border;
+    line(ctx, frame.left, at, width, at);
+    if (frame.left) write(ctx, bytes(tick), frame.left - 6, at, theme, { align: "right", color: theme.muted, halo: false });
+  }
+}
+
+/**
+ * Neighbouring columns of the same moment.
+ * @param {Int32Array} columns
+ * @param {number} each pixels
+ * @returns {{moment: number, from: number, to: number}[]}
+ */
+function runsOf(columns, each) {
+  /** @type {{moment: number, from: number, to: number}[]} */
+  const runs = [];
+  columns.forEach((moment, i) => {
+    const last = runs[runs.length - 1];
+    if (last && last.moment === moment) last.to = (i + 1) * each;
+    else runs.push({ moment, from: i * each, to: (i + 1) * each });
+  });
+  return runs.filter((run) => run.moment >= 0);
+}
+
+/**
+ * The areas from the bottom up: the components in their order, on top what else the allocator held.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {Stack} stack
+ * @param {ReturnType<typeof runsOf>} runs
+ * @param {number} left
+ * @param {(n: number) => number} y
+ * @returns {{text: string, x: number, y: number, width: number}[]} the names that have room in their area
+ */
+function areas(ctx, theme, stack, runs, left, y) {
+  const base = new Float64Array(runs.length);
+  /** @type {{text: string, x: number, y: number, width: number}[]} */
+  const labels = [];
+  const rows = stack.names.length;
+  for (let row = 0; row <= rows; row += 1) {
+    const last = row === rows;
+    const { color, fill } = last ? { color: theme.activations, fill: /** @type {const} */ ("dots") } : componentLook(row, theme);
+    const ink = inkOf(ctx, fill, color, soft(color, theme));
+    let best = { room: 0, x: 0, y: 0, width: 0 };
+    const tops = runs.map(({ moment, from, to }, i) => {
+      const value = stack.values[row][moment] || 0;
+      const next = last ? Math.max(base[i], value) : base[i] + value;
+      const [y0, y1] = [y(base[i]), y(next)];
+      if (y0 - y1 > 0) {
+        ctx.fillStyle = ink;
+        ctx.fillRect(left + from, y1, to - from, y0 - y1);
+        const room = Math.min(y0 - y1, 40) * (to - from);
+        if (y0 - y1 >= 16 && room > best.room) best = { room, x: left + (from + to) / 2, y: (y0 + y1) / 2, width: to - from };
+      }
+      base[i] = next;
+      return { from, to, y0, y1 };
+    });
+    edge(ctx, color, theme, left, tops);
+    const text = shorten(last ? "activations and cache" : stack.names[row], best.width - 12, theme.font);
+    if (text && best.room) labels.push({ text, x: best.x, y: best.y, width: textWidth(text, theme.font) });
+  }
+  return labels;
+}
+
+/**
+ * The upper edge of an area, in its own colour.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {string} color
+ * @param {Theme} theme
+ * @param {number} left
+ * @param {{from: number, to: number, y0: number, y1: number}[]} tops
+ */
+function edge(ctx, color, theme, left, tops) {
+  ctx.beginPath();
+  let open = false;
+  for (const { from, to, y0, y1 } of tops) {
+    if (y0 - y1 <= 0) {
+      open = false;
+      continue;
+    }
+    ctx[open ? "lineTo" : "moveTo"](left + from, y1 + 0.75);
+    ctx.lineTo(left + to, y1 + 0.75);
+    open = true;
+  }
+  ctx.strokeStyle = color;
+  ctx.lineWidth = 1.5;
+  ctx.stroke();
+}
+
+/**
+ * @param {string} color
+ * @param {Theme} theme
+ */
+function soft(color, theme) {
+  const [a, b] = [parseColor(theme.bg), parseColor(color)];
+  return a && b ? cssColor(mix(a, b, 0.25)) : theme.bg;
+}
+
+/**
+ * The stages as bands with their names, their bounds through the whole picture.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {TimelineModel} model
+ * @param {ReturnType<typeof frameOf>} frame
+ * @param {(time: number) => number} x
+ */
+function bands(ctx, theme, model, frame, x) {
+  model.stages.forEach((stage) => {
+    const from = clamp(x(stage.t0), frame.left - 2, frame.left + frame.width + 2);
+    const to = clamp(x(stage.t1), frame.left - 2, frame.left + frame.width + 2);
+    if (to <= frame.left || from >= frame.left + frame.width) return;
+    const width = Math.max(1, to - from);
+    ctx.fillStyle = theme.raised;
+    ctx.fillRect(from, 1, width, BAND - 3);
+    ctx.strokeStyle = theme.border;
+    ctx.lineWidth = 1;
+    if (width > 3) ctx.strokeRect(Math.round(from) + 0.5, 1.5, Math.round(width) - 1, BAND - 4);
+    ctx.strokeStyle = theme.grid;
+    for (const at of [from, to]) line(ctx, Math.round(at) + 0.5, BAND, Math.round(at) + 0.5, frame.bottom);
+    const name = stage.component && stage.component !== stage.name ? `${stage.name} (${stage.component})` : stage.name;
+    const [seen, end] = [Math.max(from, frame.left), Math.min(to, frame.left + frame.width)];
+    const full = textWidth(name, theme.font) <= end - seen - 10;
+    write(ctx, shorten(full ? name : stage.name, end - seen - 10, theme.font), seen + 5, BAND / 2, theme, { halo: false });
+  });
+}
+
+/** @typedef {{x: number, y: number, width: number}} TextBox x: its middle */
+
+/**
+ * @param {TextBox} a
+ * @param {TextBox} b
+ */
+function overlaps(a, b) {
+  return Math.abs(a.x - b.x) < (a.width + b.width) / 2 + 6 && Math.abs(a.y - b.y) < 15;
+}
+
+/**
+ * High above its line and low below it, at the right; the card's total at the left.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {TimelineModel} model
+ * @param {ReturnType<typeof frameOf>} frame
+ * @param {(n: number) => number} y
+ * @param {number} width
+ * @returns {TextBox[]}
+ */
+function markNames(ctx, theme, model, frame, y, width) {
+  /** @type {TextBox[]} */
+  const taken = [];
+  for (const kind of /** @type {const} */ (["high", "low", "total"])) {
+    const at = model[kind];
+    if (at === null) continue;
+    const text = kind === "total" ? `card ${bytes(at)}` : `${kind} ${bytes(at)}`;
+    const size = textWidth(text, theme.font);
+    const sides = kind === "low" ? [10, -9] : kind === "high" ? [-9, 10] : [10];
+    const rows = sides.map((shift) => y(at) + shift).filter((place) => place > frame.top - 10 && place < frame.bottom - 5);
+    const middles = kind === "total" ? [frame.left + 6 + size / 2] : [width - 8 - size / 2, width - 8 - size * 1.5 - 30];
+    const free = middles
+      .flatMap((middle) => rows.map((row) => ({ x: middle, y: row, width: size + (kind === "total" ? 0 : 14) })))
+      .find((box) => !taken.some((other) => overlaps(box, other)));
+    if (!free) continue;
+    taken.push(free);
+    write(ctx, text, free.x, free.y, theme, { align: "center", color: kind === "total" ? theme.muted : theme.text });
+    if (kind !== "total") {
+      const above = free.y < y(at);
+      glyph(ctx, kind === "high" ? "down" : "up", free.x - size / 2 - 8, above ? y(at) - 5 : y(at) + 5, 8, theme.text, theme.bg);
+    }
+  }
+  return taken;
+}
+
+/**
+ * Evictions as open triangles, what ran out of memory as a cross; neighbours share a glyph and show their number.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {State} state
+ * @param {ReturnType<typeof frameOf>} frame
+ * @param {(time: number) => number} x
+ * @returns {Spot[]}
+ */
+function glyphs(ctx, theme, state, frame, x) {
+  /** @type {Spot[]} */
+  const spots = [];
+  for (const event of state.events) {
+    if (event.kind === "stage") continue;
+    const at = x(event.t);
+    if (at < frame.left - 1 || at > frame.left + frame.width + 1) continue;
+    const last = spots[spots.length - 1];
+    if (last && at - last.x < 26) last.events.push(event);
+    else spots.push({ x: clamp(at, frame.left + 6, frame.left + frame.width - 6), events: [event] });
+  }
+  const middle = BAND + LANE / 2 - 1;
+  for (const { x: at, events } of spots) {
+    const oom = events.some((event) => event.kind === "oom");
+    ctx.strokeStyle = oom ? theme.alarm : theme.muted;
+    ctx.lineWidth = oom ? 1.5 : 1;
+    ctx.setLineDash(oom ? [] : [2, 3]);
+    line(ctx, Math.round(at) + 0.5, middle + 6, Math.round(at) + 0.5, frame.bottom);
+    ctx.setLineDash([]);
+    glyph(ctx, oom ? "oom" : "evict", at, middle, oom ? 9 : 9, oom ? theme.alarm : theme.text, theme.bg);
+    if (events.length > 1 && at + 22 < frame.left + frame.width) write(ctx, String(events.length), at + 8, middle, theme, { color: theme.muted });
+  }
+  return spots;
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {ReturnType<typeof frameOf>} frame
+ * @param {View} view
+ * @param {number} width
+ * @param {number} height
+ */
+function times(ctx, theme, frame, view, width, height) {
+  const most = Math.max(1, Math.floor(frame.width / 80));
+  let edge = -Infinity;
+  for (const tick of ticksBetween(view.from, view.to, most)) {
+    const at = frame.left + view.at(tick) * frame.width;
+    const text = seconds(tick);
+    const size = textWidth(text, theme.font);
+    const middle = clamp(at, frame.left + size / 2, width - size / 2);
+    ctx.strokeStyle = theme.border;
+    ctx.lineWidth = 1;
+    line(ctx, Math.round(at) + 0.5, frame.bottom, Math.round(at) + 0.5, frame.bottom + 4);
+    if (middle - size / 2 < edge + 10) continue;
+    write(ctx, text, middle, height - 6, theme, { align: "center", color: theme.muted, halo: false });
+    edge = middle + size / 2;
+  }
+}
