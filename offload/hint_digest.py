@@ -13,6 +13,7 @@ from typing import Any
 
 _MOST = 1 << 62  # bytes or seconds beyond it are no figures
 _NAME_MOST = 48
+_WATCHERS = ("OffloadPolicy", "VRAMReport")  # nodes of ours that compute nothing, and run when only the policy changed
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _ran(nodes: list[Mapping[str, Any]]) -> frozenset[str] | None:
     for node in nodes:
         if not isinstance(node.get("cached"), bool) or _text(node.get("id")) is None:
             return None
-        if not node["cached"]:
+        if not node["cached"] and node.get("type") not in _WATCHERS:
             ran.append(f"{node['id']} {node.get('type')}")
     return frozenset(ran) if nodes else None
 

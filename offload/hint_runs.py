@@ -113,6 +113,8 @@ def _before_decode(run: Digest, steps: Sequence[str | None]) -> dict[str, Any] |
 
 # ---------------------------------------------------------------------- CORE_DEFAULT_BEST
 
+_HOSTS = ("dynamic", "observe")  # worlds in which the host places the weights
+
 
 def core_default_best(now: Digest, before: Sequence[Digest]) -> Found:
     """The host's own way, or mode auto, took less for the same work."""
@@ -133,7 +135,8 @@ def core_default_best(now: Digest, before: Sequence[Digest]) -> Found:
     saved = ours - theirs
     if not worth(saved, now):
         return NOTHING
-    way = "ComfyUI's own memory management" if all(run.policy != after for run in default) else "mode auto"
+    own = all(run.world in _HOSTS for run in default)
+    way = "ComfyUI's own memory management" if own else "mode auto"
     runs = "a run" if len(walls) == 1 else f"each of {len(walls)} runs"
     sentence = (
         f"The same graph took at most {seconds(theirs)} in {runs} under {way}, and at least {seconds(ours)} in two "
@@ -152,7 +155,7 @@ def _same_work(a: Digest, b: Digest) -> bool:
 
 def _hosts_own(run: Digest, after: dict[str, Any]) -> bool:
     """The host paged the models itself, and would under the policy `after`, which asks for nothing beyond its pager."""
-    if run.world not in ("dynamic", "observe") or not run.host_pages:
+    if run.world not in _HOSTS or not run.host_pages:
         return False
     if run.policy and (run.policy.get("mode") != "auto" or run.policy.get("use_core_dynamic") == "bypass"):
         return False
