@@ -115,8 +115,7 @@ export function nodeText({ wall_s, moves_s, peak }) {
 }
 
 /**
- * What the chip says: "VRAM 9.8 / 16.0 GiB, peak 11.2, moved 1.48 s". While a prompt runs its moves are said in bytes,
- * as the seconds are known at its end.
+ * What the chip says. While a prompt runs its moves are said in bytes, as the seconds are known at its end.
  * @param {Pick<import("./types").StoreLike, "live" | "running" | "runs">} store
  */
 export function chipFigures({ live, running, runs }) {
@@ -132,13 +131,30 @@ export function chipFigures({ live, running, runs }) {
   };
 }
 
-/** @param {ReturnType<typeof chipFigures>} figures */
-export function chipText({ used, total, peak, moved_s, moved_bytes }) {
-  const parts = [used === null && total === null ? `VRAM ${UNKNOWN}` : `VRAM ${pair(used, total)}`];
-  if (peak !== null) parts.push(`peak ${total === null ? bytes(peak) : bare(peak, unit(total))}`);
-  if (moved_s !== null) parts.push(`moved ${seconds(moved_s)}`);
-  else if (moved_bytes !== null) parts.push(`moved ${bytes(moved_bytes)}`);
-  return parts.join(", ");
+/**
+ * The chip's text, figure by figure, each with its exact number. An empty text: nothing is known of it.
+ * @param {ReturnType<typeof chipFigures>} figures
+ * @returns {Record<"used" | "peak" | "moves", {text: string, value: number | null, unit: string | null}>}
+ */
+export function chipParts({ used, total, peak, moved_s, moved_bytes }) {
+  const now = used === null && total === null ? UNKNOWN : pair(used, total);
+  const top = peak === null ? "" : `, peak ${total === null ? bytes(peak) : bare(peak, unit(total))}`;
+  const moved = moved_s !== null ? seconds(moved_s) : moved_bytes !== null ? bytes(moved_bytes) : null;
+  return {
+    used: { text: `VRAM ${now}`, value: used, unit: used === null ? null : "bytes" },
+    peak: { text: top, value: peak, unit: peak === null ? null : "bytes" },
+    moves: {
+      text: moved === null ? "" : `, moved ${moved}`,
+      value: moved_s ?? moved_bytes,
+      unit: moved === null ? null : moved_s !== null ? "seconds" : "bytes",
+    },
+  };
+}
+
+/** "VRAM 9.8 / 16.0 GiB, peak 11.2, moved 1.48 s". @param {ReturnType<typeof chipFigures>} figures */
+export function chipText(figures) {
+  const { used, peak, moves } = chipParts(figures);
+  return used.text + peak.text + moves.text;
 }
 
 /**
