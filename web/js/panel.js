@@ -12,7 +12,7 @@ import { HIDDEN, HINTS, makeHintBox } from "./hintbox.js";
 import { comparable } from "./model.js";
 import { makeBody } from "./panelbody.js";
 import { figuresOf, liveFigures, makeDownloads, makeFigures, verdictOf } from "./panelhead.js";
-import { LIMIT, makeLoader, makePicker, NOW, optionsOf, pickedOf, viewOf } from "./runs.js";
+import { LIMIT, makeLoader, makePicker, NOW, optionsOf, pickedOf, runLabel, viewOf } from "./runs.js";
 
 /** @typedef {import("./types").Host} Host */
 /** @typedef {import("./types").Report} Report */
@@ -22,6 +22,8 @@ import { LIMIT, makeLoader, makePicker, NOW, optionsOf, pickedOf, viewOf } from 
 const SCHEMA = "offload-report/1";
 /** How long the end of a run waits for its report before the run before it is shown. */
 const PATIENCE_MS = 4000;
+/** Pixels of what stands above the sections where they share one place. */
+const ABOVE = 130;
 const EMPTY =
   "No run yet. Press Run: after the first prompt this panel shows VRAM over time by component, the steps, and what was " +
   "moved and what it cost. To say how much VRAM a model may use, add an Offload Policy node (category Offload) and " +
@@ -47,7 +49,7 @@ export function mountPanel(place, host, store) {
     later();
   });
   const head = el("div", "bo-panel-head");
-  head.append(picker.element, figures.element, downloads.element);
+  head.append(picker.element, downloads.element, figures.element);
   const verdict = el("span", "bo-panel-verdict");
   const line = el("span", "bo-panel-line");
   const under = el("p", "bo-panel-under");
@@ -99,7 +101,8 @@ export function mountPanel(place, host, store) {
     root.dataset.view = view.kind;
     picker.update(pickable(id, view.kind === "now" || running !== null), view.kind === "now" ? NOW : (id ?? ""));
     figures.update(view.kind === "now" ? liveFigures(store) : run ? figuresOf(run) : liveFigures({ ...store, live: null, points: [] }));
-    downloads.update(id);
+    figures.element.hidden = view.kind === "empty";
+    downloads.update(run ? id : null);
     setText(verdict, run ? verdictOf(run) : view.kind === "now" ? nowText(store) : "");
     verdict.dataset.verdict = run?.error ? "error" : (run?.verdict ?? "");
     setText(line, run?.line ?? "");
@@ -118,9 +121,10 @@ export function mountPanel(place, host, store) {
   /** A run that was picked and is not among the rows is still what is shown. @param {string | null} id @param {boolean} now */
   function pickable(id, now) {
     const rows = store.runs.slice(0, LIMIT);
-    const known = id === null || rows.some((row) => row.prompt_id === id);
-    const extra = known || id === null ? null : store.report(id);
-    return optionsOf(extra ? [...rows.slice(0, LIMIT - 1), extra] : rows, now);
+    if (id === null || rows.some((row) => row.prompt_id === id)) return optionsOf(rows, now);
+    const known = store.report(id);
+    const text = known ? runLabel(known) : `Run ${id.slice(0, 12)}, not among those kept`;
+    return [...optionsOf(rows.slice(0, LIMIT - 1), now), { value: id, text }];
   }
 
   /** @param {string | null} id */
@@ -197,13 +201,18 @@ export function mountPanel(place, host, store) {
       }),
     ),
   ];
+  const fit = () => {
+    const wide = body.element.dataset.columns === "three";
+    const height = wide && body.element.clientHeight ? body.element.clientHeight : root.clientHeight - ABOVE;
+    body.resize(root.clientWidth, height);
+  };
   const resized = new ResizeObserver(() => {
-    body.resize(root.clientWidth);
-    root.dataset.low = String(place.clientHeight < 260);
+    fit();
     look.refresh();
     later();
   });
   resized.observe(root);
+  resized.observe(body.element);
   root.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.defaultPrevented) return;
     event.stopPropagation();

@@ -29,16 +29,16 @@ const AT_END = "Known when the run has ended.";
 const COMPONENTS = [
   { key: "component", title: "Component", kind: "text" },
   { key: "resident", title: "Resident", kind: "percent", help: "Most of its weights that were on the device at once" },
-  { key: "weight_bytes", title: "Weights", kind: "bytes" },
   { key: "moves", title: "Moves", kind: "count", help: "Copies from RAM to VRAM; evictions copy nothing" },
   { key: "bytes_h2d", title: "Moved", kind: "bytes", help: "Bytes copied from RAM to VRAM" },
-  { key: "avoidable_bytes", title: "Avoidable", kind: "bytes", help: "Bytes of moves that the run did not need" },
   { key: "onload_s", title: "Onload", kind: "seconds", help: "Blocked on a copy outside a step" },
   { key: "stall_s", title: "Stall", kind: "seconds", help: "Compute waits for a copy, inside a step" },
-  { key: "evict_s", title: "Evict", kind: "seconds", help: "Giving room back" },
-  { key: "compute_s", title: "Compute", kind: "seconds" },
   { key: "peak", title: "Peak", kind: "bytes", help: "Most VRAM in use during its stages" },
   { key: "change_s", title: "Change", kind: "delta", help: "Time of its moves against the comparable run" },
+  { key: "weight_bytes", title: "Weights", kind: "bytes" },
+  { key: "avoidable_bytes", title: "Avoidable", kind: "bytes", help: "Bytes of moves that the run did not need" },
+  { key: "evict_s", title: "Evict", kind: "seconds", help: "Giving room back" },
+  { key: "compute_s", title: "Compute", kind: "seconds" },
 ];
 /** @type {Column[]} */
 const NODES = [
@@ -72,11 +72,11 @@ export function comparedWith(before) {
 }
 
 export function makeBody() {
-  const timeline = makeTimeline({ label: "VRAM over the run", height: 132 });
+  const timeline = makeSized((height) => makeTimeline({ label: "VRAM over the run", height }), 132);
   const meter = makeMeter({ label: "VRAM now" });
-  const spark = makeSpark({ label: "VRAM of this run so far" });
-  const steps = makeSteps({ label: "Steps", height: 104 });
-  const nowSteps = makeSteps({ label: "Steps so far", height: 104 });
+  const spark = makeSized((height) => makeSpark({ label: "VRAM of this run so far", height }), 64);
+  const steps = makeSized((height) => makeSteps({ label: "Steps", height }), 104);
+  const nowSteps = makeSized((height) => makeSteps({ label: "Steps so far", height }), 104);
   const components = makeTable({ caption: "By component", columns: COMPONENTS, empty: "Nothing is known of components." });
   const nowComponents = makeTable({ caption: "Components now", columns: NOW_COMPONENTS, empty: "Nothing is known of components." });
   const nodes = makeTable({ caption: "By node", columns: NODES, empty: "Nothing is known of nodes." });
@@ -89,7 +89,7 @@ export function makeBody() {
   const ofNow = [meter.element, spark.element, nowSteps.element, nowComponents.element, ...waits];
   const sections = [
     sectionOf("vram", "VRAM", [timeline.element, meter.element, spark.element]),
-    sectionOf("steps", "Steps", [steps.element, nowSteps.element]),
+    sectionOf("steps", "Steps", [el("div", "bo-title bo-section-title", "Steps"), steps.element, nowSteps.element]),
     sectionOf("components", "Components", [components.element, compared[0], nowComponents.element]),
     sectionOf("nodes", "Nodes", [nodes.element, compared[1], waits[0]]),
     sectionOf("timers", "Timers", [timers.element, waits[1]]),
@@ -118,14 +118,23 @@ export function makeBody() {
   return {
     element,
     tabs,
-    /** The list of tabs stands where it belongs: over all sections, or over the tables. @param {number} width */
-    resize(width) {
+    /**
+     * The list of tabs stands where it belongs: over all sections, or over the tables; pictures take the height there is.
+     * @param {number} width @param {number} height of the place for the sections
+     */
+    resize(width, height) {
       const wide = width >= WIDE;
       element.dataset.columns = wide ? "three" : "one";
       if (wide && tabs.element.parentElement !== tables) tables.prepend(tabs.element);
       if (!wide && tabs.element.parentElement !== element) element.prepend(tabs.element);
       tabs.offer(wide ? TABLES : ALL);
       place();
+      // In steps, so that a hint or a drag does not draw everything anew for every pixel.
+      const free = Math.floor((height - 100) / 20) * 20;
+      const tall = (/** @type {number} */ least, /** @type {number} */ most) => Math.min(most, Math.max(least, free));
+      timeline.resize(tall(120, 400));
+      for (const bars of [steps, nowSteps]) bars.resize(tall(100, 260));
+      spark.resize(Math.max(50, tall(120, 300) - 60));
     },
     /** @param {Report} report @param {Report | null} before @param {RunRow | null} beforeRow */
     showRun(report, before, beforeRow) {
@@ -153,6 +162,38 @@ export function makeBody() {
       nowComponents.update((live?.components ?? []).map(nowRow));
     },
     destroy: () => parts.forEach((part) => part.destroy()),
+  };
+}
+
+/**
+ * A part whose height is fixed when it is made: made anew where the height is another.
+ * @template {any[]} A
+ * @param {(height: number) => {element: HTMLElement, update: (...given: A) => void, destroy: () => void}} make
+ * @param {number} height
+ */
+function makeSized(make, height) {
+  const element = el("div", "bo-sized");
+  let part = make(height);
+  /** @type {A | null} */
+  let last = null;
+  element.append(part.element);
+  return {
+    element,
+    /** @param {A} given */
+    update(...given) {
+      last = given;
+      part.update(...given);
+    },
+    /** @param {number} next */
+    resize(next) {
+      if (next === height) return;
+      height = next;
+      part.destroy();
+      part = make(height);
+      element.replaceChildren(part.element);
+      if (last) part.update(...last);
+    },
+    destroy: () => part.destroy(),
   };
 }
 
