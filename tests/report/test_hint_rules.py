@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from balanced_offload.offload.hints import Found, Hint, find
+from balanced_offload.offload.hints import CODES, Found, Hint, find
 from balanced_offload.offload.policy import OffloadPolicy
 
-from .hint_cases import GIB, UNET, gib, report, row, runs, streaming
+from .hint_cases import GIB, UNET, gib, report, row, runs, seed, streaming
+
+PAGE = Path(__file__).parents[2] / "web" / "docs" / "Hints.md"
 
 
 def hint_of(code: str, *reports: dict[str, Any]) -> Hint:
@@ -367,3 +371,24 @@ def test_without_nodes_the_stages_tell_whether_the_work_was_the_same() -> None:
 def test_a_run_in_which_nothing_moved_has_no_hint() -> None:
     assert find(*runs(*[report({"mode": "auto"})] * 3)) == Found()
     assert find(*runs(report(by_component=[row(UNET, 4.75)]))) == Found()
+
+
+# --- the page
+
+
+def test_the_page_has_a_section_per_code_with_a_sentence_that_a_run_gets() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    told = dict(re.findall(r"^## ([A-Z_]+)\n\n    (.+)$", text, flags=re.MULTILINE))
+    assert tuple(told) == CODES
+    found = [
+        find(*runs(*reports)).hint
+        for reports in (
+            [seed()] * 2,
+            [by_mode()] * 2,
+            [failed("evict", took=1.2)] * 2,
+            [streaming()] * 2,
+            [unpinned()] * 2,
+            [timed(6.25, DEFAULT), timed(6.5, DEFAULT), timed(14.0, MINE), timed(13.5, MINE)],
+        )
+    ]
+    assert told == {hint.code: hint.sentence for hint in found if hint is not None}
