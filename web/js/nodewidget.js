@@ -3,6 +3,7 @@
  * workflow, nor in the prompt, nor a listener or an observer; and the node is never smaller than what is written on it.
  */
 import { el } from "./dom.js";
+import { dress } from "./dress.js";
 
 /** @typedef {import("./types.d.ts").Host} Host */
 /**
@@ -14,6 +15,7 @@ import { el } from "./dom.js";
 /** What the canvas keeps free around a DOM widget, above and below together. */
 const MARGIN = 20;
 const GAP = 6;
+const PADDING = 8;
 
 /**
  * Runs `after` whenever the node's own callback `name` ran, and hands back what that one returned.
@@ -38,27 +40,25 @@ export function chain(object, name, after) {
  * @param {string} options.name
  * @param {string} options.label
  * @param {number} options.height what it takes before it was measured
+ * @param {number} [options.width] of a new node at least; one that is loaded keeps its own
  * @param {number} [options.rest] the least height of what takes the rest, 0 for none
  * @param {(place: Place) => () => void} options.mount
  * @returns {HTMLElement | null} its element; null where this front end has no DOM widgets
  */
-export function attachWidget(node, host, { name, label, height, rest = 0, mount }) {
+export function attachWidget(node, host, { name, label, height, width = 0, rest = 0, mount }) {
   const root = el("div", `bo-node bo-node-${name}`);
   root.setAttribute("role", "group");
   root.setAttribute("aria-label", label);
   // The colours and small things are in offload.css; what keeps texts from lying over each other is not left to a file.
   Object.assign(root.style, {
-    display: "flex",
-    flexDirection: "column",
-    gap: `${GAP}px`,
-    boxSizing: "border-box",
-    minWidth: "0",
-    overflow: "hidden",
+    ...{ display: "flex", flexDirection: "column", gap: `${GAP}px`, boxSizing: "border-box" },
+    ...{ minWidth: "0", padding: `${PADDING}px`, overflow: "hidden", borderRadius: "6px" },
   });
   const sizes = { minHeight: height + MARGIN };
   const widget = host.addWidget(node, `balanced_offload_${name}`, root, sizes);
   if (!widget) return null;
   if (widget.options) widget.options.getMinHeight = () => sizes.minHeight;
+  if (node.size?.[0] < width) node.setSize?.([width, node.size[1]]);
   chain(node, "onSerialize", (kept) => keepClean(node, kept));
   followGraph(node, () => fill(node, host, root, sizes, rest, mount));
   return root;
@@ -109,22 +109,24 @@ function fill(node, host, root, sizes, least, mount) {
   Object.assign(top.style, { display: "flex", flexDirection: "column", gap: `${GAP}px`, flex: "none", minWidth: "0" });
   Object.assign(rest.style, { display: "flex", flexDirection: "column", flex: "1 1 0px" });
   root.replaceChildren(top, rest);
+  const look = dress(root);
   const unmount = mount({ top, rest });
   const measure = () => {
     // Not shown: nothing is known, and what was measured last stays.
     if (!top.offsetHeight) return;
-    const below = rest.hidden ? 0 : least;
+    const below = rest.hidden || !rest.childElementCount ? 0 : least;
     rest.style.minHeight = `${below}px`;
-    const needed = top.offsetHeight + (below ? below + GAP : 0) + 2;
+    look.refresh();
+    const needed = top.offsetHeight + (below ? below + GAP : 0) + 2 * PADDING;
     if (needed + MARGIN === sizes.minHeight) return;
     sizes.minHeight = needed + MARGIN;
     grow(node, host);
   };
   const observer = new ResizeObserver(measure);
   observer.observe(top);
-  observer.observe(rest);
   return () => {
     observer.disconnect();
+    look.off();
     unmount();
     root.replaceChildren();
   };

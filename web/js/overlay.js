@@ -21,10 +21,12 @@ import { drawLive, drawNote, LEAST_ZOOM, place, seen, unitOf, zoomOf } from "./s
 export const SETTING = "BalancedOffload.Overlay";
 const TITLE_HEIGHT = 30;
 const NO_TITLE = 1;
-/** Between a node and its strip. In the canvas the host's badges have a row of their own above the title. */
-const GAP = 8;
-const BADGE_ROW = 24;
+/** Between a node and its strip: room for the outline of a DOM node; in the canvas for the row of the host's badges. */
+const GAP_DOM = 9;
+const GAP_CANVAS = 26;
 const COLLAPSED_WIDTH = 80;
+/** What a DOM node takes at least, whatever its size says. */
+const DOM_WIDTH = 225;
 /** Milliseconds after which a plan, and the colours, are looked at again although nobody said that they changed. */
 const RECHECK = 1000;
 
@@ -49,14 +51,16 @@ export function drawOverlay(ctx, area, host, store) {
     state.theme = theme(null);
     state.themed = now;
   }
-  const gap = GAP + (host.vue() ? 0 : BADGE_ROW);
+  const vue = host.vue();
+  const gap = vue ? GAP_DOM : GAP_CANVAS;
   const scale = unitOf(zoom);
   const { box } = state;
   for (const { node, texts, bar } of items) {
     const x = node.pos?.[0];
     const y = node.pos?.[1];
     if (!Number.isFinite(x) || !Number.isFinite(y)) continue;
-    place(box, texts, bar !== null, x, y - titleOf(node) - gap, widthOf(node), zoom, state.theme.font);
+    const width = Math.max(widthOf(node), vue ? DOM_WIDTH : 0);
+    place(box, texts, bar !== null, x, y - titleOf(node) - gap, width, zoom, state.theme.font);
     if (area && !seen(box, area)) continue;
     if (bar) drawLive(ctx, state.theme, box, scale, bar);
     else drawNote(ctx, state.theme, box, scale);

@@ -34,8 +34,8 @@ export function questionOf(node) {
   /** @type {string[]} */
   const linked = [];
   for (const name of FIELDS) {
-    const slot = node.inputs?.find((/** @type {any} */ input) => (input.widget?.name ?? input.name) === name);
-    if (slot && slot.link !== null && slot.link !== undefined) {
+    const slot = node.inputs?.findIndex((/** @type {any} */ input) => (input.widget?.name ?? input.name) === name) ?? -1;
+    if (slot >= 0 && node.isInputConnected?.(slot)) {
       linked.push(name);
       continue;
     }
@@ -166,7 +166,6 @@ function makeView(top) {
       total: marks?.total ?? now.total,
       high: marks?.error ? null : (marks?.high ?? null),
       low: marks?.error ? null : (marks?.low ?? null),
-      peak: store.running ? now.peak : null,
     });
     rows.update(marks, linked);
     const links = linked.length ? `Set by a link, so known in a run only: ${linked.join(", ")}.` : "";

@@ -27,7 +27,7 @@ import { readReport } from "./wire.js";
 
 export const REPORT = "VRAMReport";
 const BEFORE = "After the next run: VRAM now and at its peak against the marks, each step's moves, and where the time went.";
-const TEXT_HEIGHT = 84;
+const TEXT_HEIGHT = 96;
 const FIGURES = /** @type {const} */ ({
   moves: ["moves", "Seconds that this run waited for weights: onload, stall and evict together"],
   onload: ["onload", "Seconds blocked on a copy outside a step"],
@@ -71,6 +71,7 @@ export function attachReport(node, host, store) {
     name: "report",
     label: "VRAM Report: where the time and the VRAM of the run went",
     height: 48,
+    width: 340,
     rest: TEXT_HEIGHT,
     mount: (place) => {
       const view = makeView(place, host);
@@ -174,7 +175,10 @@ function makeView({ top, rest }, host) {
   const text = el("textarea", "bo-report-text comfy-multiline-input");
   text.readOnly = true;
   text.setAttribute("aria-label", "Where time and VRAM went");
-  Object.assign(text.style, { flex: "1 1 0px", minHeight: "0", width: "100%", boxSizing: "border-box", resize: "none" });
+  Object.assign(text.style, {
+    ...{ flex: "1 1 0px", minHeight: "0", width: "100%", boxSizing: "border-box", resize: "none" },
+    fontSize: "max(11px, var(--comfy-textarea-font-size, 11px))",
+  });
   top.append(before, meter.element, spark.element, figures.element, steps.element, hint.element);
   rest.append(text);
 
@@ -257,12 +261,13 @@ function stepOf(point, index) {
 
 function makeFigures() {
   const element = el("dl", "bo-node-figures");
-  Object.assign(element.style, { display: "flex", flexWrap: "wrap", gap: "2px 12px", margin: "0" });
+  const columns = "repeat(auto-fit, minmax(62px, 1fr))";
+  Object.assign(element.style, { display: "grid", gridTemplateColumns: columns, gap: "4px 12px", margin: "0" });
   /** @type {Map<string, HTMLElement>} */
   const shown = new Map();
   for (const [key, [title, help]] of Object.entries(FIGURES)) {
     const pair = el("div");
-    Object.assign(pair.style, { display: "flex", gap: "4px", whiteSpace: "nowrap" });
+    Object.assign(pair.style, { textAlign: "end", whiteSpace: "nowrap" });
     pair.title = help;
     const value = el("dd", "bo-num bo-strong");
     value.style.margin = "0";

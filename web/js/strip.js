@@ -14,8 +14,9 @@ import { fillBox, glyph, markLine, textWidth, write } from "./paint.js";
 
 /** Below this zoom a strip is larger than the nodes, and nothing is drawn. */
 export const LEAST_ZOOM = 0.4;
-/** What a strip may take on the screen although its node is narrower, in pixels. */
+/** What a strip may take although its node is narrower: pixels on the screen, and times the node's width. */
 const LEAST_ROOM = 150;
+const WIDER = 1.2;
 const PAD = 7;
 const TEXT_HEIGHT = 16;
 const BAR_HEIGHT = 8;
@@ -71,7 +72,7 @@ export function place(box, texts, live, left, bottom, nodeWidth, zoom, font) {
   const unit = unitOf(zoom);
   const own = Math.max(0, nodeWidth) / unit;
   const least = LEAST_ROOM / zoom / unit;
-  box.text = choose(texts, Math.max(own, least) - 2 * PAD, font);
+  box.text = choose(texts, Math.max(own * WIDER, least) - 2 * PAD, font);
   const needed = textWidth(box.text, font) + 2 * PAD;
   box.width = (live ? Math.max(own, needed) : needed) * unit;
   box.height = (live ? LIVE_HEIGHT : NOTE_HEIGHT) * unit;
