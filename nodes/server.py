@@ -1,25 +1,32 @@
 """Invariant: a route only reads, and only memory: no path comes from a request, no handler asks a device.
 
-`/offload/status`, `/offload/runs?limit=` and `/offload/report/{prompt_id}`, each below `/api` too, as the host does
-with all its routes. `prompt_id` is looked up in the store of reports and goes nowhere else. Imports without a host.
+`/offload/status`, `/offload/runs?limit=`, `/offload/report/{prompt_id}`, `/offload/trace/{prompt_id}` and
+`/offload/marks?mode=..`, each below `/api` too, as the host does with all its routes. `prompt_id` is looked up in the
+store of reports and goes nowhere else. Imports without a host.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ..offload.adapters import comfyui_host
 from ..offload.adapters.comfyui_runs import PromptRuns, device_session, runs
 from ..offload.adapters.comfyui_runs_host import RESTORE, stock_wanted
-from ..offload.adapters.comfyui_runs_report import NOTICES, components, text_of
+from ..offload.adapters.comfyui_runs_report import NOTICES, components
 from ..offload.adapters.comfyui_store import KEEP
+from ..offload.trace import build_trace
 from ..offload.version import version
+from .marks import LONGEST, marks
+from .progress import ProgressText
+from .rows import Rows, row_of
 from .telemetry import LASTS, MOST, Telemetry
 
 PREFIX = "/offload"
 STATUS, RUNS, REPORT = f"{PREFIX}/status", f"{PREFIX}/runs", f"{PREFIX}/report/{{prompt_id}}"
+TRACE, MARKS = f"{PREFIX}/trace/{{prompt_id}}", f"{PREFIX}/marks"
 LIMIT = 20
 """Runs that are listed where no limit is given."""
 
@@ -44,10 +51,10 @@ def register_routes() -> dict[str, str]:
     except (ImportError, AttributeError) as error:
         return _say_off({PREFIX: f"this host's server takes no routes ({error})"})
     _registered.append(server)
-    telemetry = Telemetry()
-    handlers = Handlers(web, runs(), telemetry)
+    telemetry, rows = Telemetry(), Rows()
+    handlers = Handlers(web, runs(), telemetry, rows)
     taken = _paths(server)
-    for path, handler in ((STATUS, handlers.status), (RUNS, handlers.runs), (REPORT, handlers.report)):
+    for path, handler in handlers.table().items():
         if _shape(path) in taken:
             _off[path] = "another pack has this route"
             continue
@@ -55,8 +62,11 @@ def register_routes() -> dict[str, str]:
             table.get(path)(handler)
         except (RuntimeError, ValueError, TypeError) as error:
             _off[path] = f"the host refused it ({error})"
+    text = ProgressText(telemetry.knows)
     runs().on_sample(telemetry.sample, telemetry.wanted)
-    runs().on_close(telemetry.closed)
+    runs().on_sample(text.sample, text.wanted)
+    runs().on_close(lambda report: telemetry.closed(rows.keep(report), report.get("client_id")))
+    runs().on_close(text.closed)
     _observe(server)
     return _say_off(_off)
 
@@ -98,16 +108,21 @@ def _paths(server: Any) -> set[str]:
 class Handlers:
     """The routes' answers. `web` is `aiohttp.web`, handed in so that this file needs no server."""
 
-    def __init__(self, web: Any, known: PromptRuns, telemetry: Telemetry) -> None:
+    def __init__(self, web: Any, known: PromptRuns, telemetry: Telemetry, rows: Rows) -> None:
         self._web = web
         self._runs = known
         self._telemetry = telemetry
+        self._rows = rows
+
+    def table(self) -> dict[str, Callable[[Any], Any]]:
+        """Route -> who answers it."""
+        return {STATUS: self.status, RUNS: self.runs, REPORT: self.report, TRACE: self.trace, MARKS: self.marks}
 
     async def status(self, request: Any) -> Any:
-        """What is in force now. `?telemetry=CLIENT_ID`: see telemetry.py."""
-        asked = request.query.get("telemetry")
-        if asked is not None:
-            refused = self._telemetry.ask(asked)
+        """What is in force now. `?telemetry=CLIENT_ID`, `?page=CLIENT_ID`: see telemetry.py."""
+        for name, take in (("telemetry", self._telemetry.ask), ("page", self._telemetry.meet)):
+            asked = request.query.get(name)
+            refused = None if asked is None else take(asked)
             if refused is not None:
                 return self._error(400, refused)
         return self._web.json_response(status(self._runs, self._telemetry))
@@ -117,36 +132,41 @@ class Handlers:
         given = request.query.get("limit", str(LIMIT))
         if not re.fullmatch(r"[0-9]{1,4}", given) or not 1 <= int(given) <= KEEP:
             return self._error(400, f"limit: got {given[:40]!r}, allowed is a whole number from 1 to {KEEP}")
-        rows = [in_short(report) for report in self._runs.recent(int(given))]
-        return self._web.json_response({"runs": rows, "kept": KEEP})
+        rows = [self._row(prompt_id) for prompt_id in self._runs.ids(int(given))]
+        return self._web.json_response({"runs": [row for row in rows if row is not None], "kept": KEEP})
+
+    def _row(self, prompt_id: str) -> dict[str, Any] | None:
+        row = self._rows.get(prompt_id)
+        if row is not None:
+            return row
+        report = self._runs.report(prompt_id)
+        return None if report is None else row_of(report)
 
     async def report(self, request: Any) -> Any:
         """The whole report of one prompt, its lists capped."""
-        prompt_id = request.match_info["prompt_id"]
+        return self._of_prompt(request, lambda report: report)
+
+    async def trace(self, request: Any) -> Any:
+        """The same as a Chrome trace, for ui.perfetto.dev."""
+        return self._of_prompt(request, build_trace)
+
+    def _of_prompt(self, request: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         try:
-            report = self._runs.report(prompt_id)
+            report = self._runs.report(request.match_info["prompt_id"])
         except RuntimeError:  # a table of the session's changed while it was read; the prompt still runs
             return self._error(503, "the prompt is changing models just now: ask again")
         if report is None:
             return self._error(404, f"no report of this prompt: the last {KEEP} prompts are kept, see {RUNS}")
-        return self._web.json_response(report)
+        return self._web.json_response(make(report))
+
+    async def marks(self, request: Any) -> Any:
+        """What an Offload Policy node with these inputs means on this card; see marks.py."""
+        if len(request.query_string) > LONGEST:
+            return self._error(400, f"marks: at most {LONGEST} characters of a query are read")
+        return self._web.json_response(marks(dict(request.query), device_session()))
 
     def _error(self, code: int, text: str) -> Any:
         return self._web.json_response({"error": text}, status=code)
-
-
-_SHORT = ("prompt_id", "created", "ended", "complete", "error", "world", "verdict", "fits", "output_neutral")
-
-
-def in_short(report: dict[str, Any]) -> dict[str, Any]:
-    """One row of `/offload/runs`."""
-    return {key: report.get(key) for key in _SHORT} | {
-        "mode": report["resolved"].get("mode"),
-        "totals": report["totals"],
-        "vram": report["vram"],
-        "overhead_ms": report["overhead_ms"],
-        "text": text_of(report),
-    }
 
 
 def status(known: PromptRuns, telemetry: Telemetry) -> dict[str, Any]:
@@ -165,7 +185,7 @@ def status(known: PromptRuns, telemetry: Telemetry) -> dict[str, Any]:
         "components": _components(),
         "policy": _policy(),
         "stock": {"wanted": stock_wanted(), "setting": RESTORE},
-        "telemetry": {"clients": len(telemetry.clients()), "lasts_s": LASTS, "most": MOST},
+        "telemetry": {"clients": len(telemetry.clients()), "pages": telemetry.pages(), "lasts_s": LASTS, "most": MOST},
         "off": dict(_off),
     }
 

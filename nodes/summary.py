@@ -21,18 +21,28 @@ def describe_here(policy: OffloadPolicy) -> str:
 
 def _here() -> Machine | None:
     """The machine with the host's device, None where that is no accelerator."""
+    global _known
     device = host_device()
     if device is not None and device.type == "cpu":
         return None
     try:
-        return machine(open_backend(device))
+        _known = machine(open_backend(device))
     except NoAcceleratorError:
         return None
+    return _known
 
 
-def cannot_hold(policy: OffloadPolicy) -> str | None:
+_known: Machine | None = None
+
+
+def last_known() -> Machine | None:
+    """The machine as it was last asked about; asks nobody."""
+    return _known
+
+
+def cannot_hold(policy: OffloadPolicy, here: Machine | None = None) -> str | None:
     """Why no run can hold `policy` on this machine, with the field and the remedy; None where one could."""
-    here = _here()
+    here = here or _here()
     if here is None:
         return None
     total = here.vram_total
@@ -51,12 +61,16 @@ def describe(policy: OffloadPolicy, here: Machine) -> str:
     """One sentence. Which models will run is not known yet: an empty run and one larger than the card stand for all."""
     # The lists name components of a run; without one they would only raise warnings about names that match nothing.
     bare = replace(policy, never=(), always=())
-    over_sized = ComponentInfo("model", "model", "denoiser", weight_bytes=here.vram_total + 1)
-    fitting, larger = bare.resolve(here, WorkingSet(())), bare.resolve(here, WorkingSet((over_sized,)))
+    fitting, larger = bare.resolve(here, WorkingSet(())), bare.resolve(here, over_sized(here))
     card = f"On {here.name} ({format_size(here.vram_total)})"
     if fitting.mode is larger.mode:
         return f"{card}: {_terms(larger)}."
     return f"{card}: {_terms(fitting)} while the run fits, else {_terms(larger)}."
+
+
+def over_sized(here: Machine) -> WorkingSet:
+    """A run that does not fit, whatever the policy."""
+    return WorkingSet((ComponentInfo("model", "model", "denoiser", weight_bytes=here.vram_total + 1),))
 
 
 def _terms(resolved: ResolvedPolicy) -> str:

@@ -119,6 +119,7 @@ class NodeTrack:
             row.first_mark = mark
         self._at(row)
         if self.closely:
+            self._ledger.drain()  # so that the times of what ended are there to be told
             self._point(entered, row.display)
         self._account(entered, ledgers)
 
@@ -149,6 +150,7 @@ class NodeTrack:
             row.cached = True
             row.first_mark = row.last_mark = self._stamp("other")
         if self.closely and not row.cached:
+            self._ledger.drain()
             self._point(entered, row.display)
             self.ended.append(row)
         if self.node == node_id:

@@ -42,7 +42,12 @@ class Registry:
         self.prompt_id = prompt_id
         self.nodes: dict[str, dict[str, Any]] = {}
         self.handlers: dict[str, Any] = {"webui": Handler("webui")}
-        self.dynprompt = SimpleNamespace(original_prompt=graph, get_node=graph.__getitem__)
+        self.display: dict[str, str] = {}  # of a node that another one expanded into
+        self.dynprompt = SimpleNamespace(
+            original_prompt=graph,
+            get_node=graph.__getitem__,
+            get_display_node_id=lambda node: self.display.get(node, node),
+        )
 
     def tell(self, method: str, node: str, state: str, *rest: Any) -> None:
         self.nodes[node] = {"state": state}
@@ -66,6 +71,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.prompt_queue = Queue()
         self.sockets: dict[str, Any] = {}
+        self.sockets_metadata: dict[str, Any] = {}
+        self.client_id: str | None = None  # who queued the prompt that runs, or that ran last
         self.sent: list[tuple[str, Any, str | None]] = []
         self.on_prompt_handlers: list[Any] = []
         self.loop = None
@@ -126,6 +133,10 @@ class Prompts:
         assert not worker.is_alive(), "the prompt hangs"
         return self.server.prompt_queue.history[prompt_id]
 
+    def step(self, node: str, value: int, most: int) -> None:
+        """What a sampler's progress bar says, inside a node's work."""
+        self.progress.global_progress_registry.tell("update_handler", node, "running", value, most)
+
     def announce(self) -> None:
         """As POST /prompt does before it queues anything."""
         for handler in self.server.on_prompt_handlers:
@@ -138,6 +149,7 @@ class Prompts:
             queue.currently_running[number] = (number, prompt_id, graph, {"client_id": client} if client else {}, [])
         outputs: dict[str, Any] = {}
         messages: list[Any] = []
+        self.server.client_id = client
         asyncio.run(self._execute(prompt_id, nodes, graph, starts, outputs, messages))
         ok = not messages
         with queue.mutex:

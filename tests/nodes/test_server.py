@@ -7,14 +7,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from balanced_offload.nodes import marks, rows
 from balanced_offload.nodes import server as routes
+from balanced_offload.nodes.telemetry import Telemetry
 from balanced_offload.offload.adapters import comfyui_runs
 from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
+from balanced_offload.offload.policy import Machine
+from balanced_offload.offload.trace import build_trace
 
 from .report_prompts import Node, Prompts
 
@@ -88,13 +91,119 @@ def test_telemetry_and_the_end_of_a_run_reach_the_client(
         assert time.monotonic() < end
         time.sleep(0.01)
     samples = prompts.server.sent_of("offload.telemetry")
-    assert 2 <= len(samples) <= 7 and {sid for _, sid in samples} == {"browser"}
+    assert 2 <= len(samples) <= 4 and {sid for _, sid in samples} == {"browser"}
     assert set(samples[-1][0]) == {
-        *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved")
+        *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
+        *("components", "points", "ended"),
+    }
+    assert set(samples[-1][0]["vram"]) == {
+        *("weights", "activations", "others", "free", "high", "low", "peak", "total")
     }
     assert samples[-1][0]["prompt_id"] == "p" and samples[-1][0]["node"] == "1"
     [(message, sid)] = prompts.server.sent_of("offload.report")
     assert sid == "browser" and message["prompt_id"] == "p" and message["verdict"] == "resident" and message["text"]
+    assert get("/offload/runs")[1]["runs"] == [message], "the event's row is the list's row"
+
+
+ROW = {
+    *("prompt_id", "created", "ended", "complete", "error", "world", "verdict", "fits", "output_neutral", "mode"),
+    *("totals", "vram", "overhead_ms", "text", "line", "workload", "hints", "hint_note", "nodes"),
+}
+
+
+def test_a_row(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]) -> None:
+    prompts.run(Node("2", "KSampler", lambda: runs.touch("observe")), Node("1", "Loader", None), prompt_id="p")
+    [row] = get("/offload/runs")[1]["runs"]
+    assert set(row) == ROW
+    assert [set(node) for node in row["nodes"]] == [
+        {"id", "display", "type", "wall_s", "moves_s", "stall_s", "peak", "cached"}
+    ] * 2
+    assert [(node["id"], node["display"], node["type"], node["cached"]) for node in row["nodes"]] == [
+        ("2", "2", "KSampler", False),
+        ("1", "1", "Loader", True),
+    ]
+    report = get("/offload/report/p")[1]
+    sampler = report["nodes"][0]
+    assert row["nodes"][0]["wall_s"] == sampler["t1"] - sampler["t0"] and row["nodes"][0]["moves_s"] is None
+
+
+def test_a_row_of_a_report_that_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "text_of", lambda report: "what happened")
+    node = {"id": "3.0.1", "display": "3", "type": "A", "t0": 1.0, "t1": 3.5, "peak": 7, "cached": False}
+    node |= {"onload_s": 0.5, "stall_s": 0.25, "evict_s": 0.125}
+    hint = {"code": "FITS_BUT_MOVED", "sentence": "s", "saving_s": 1.0, "action": None}
+    report = {"resolved": {"mode": "none"}, "nodes": [node], "line": "l", "workload": "w", "hints": [hint]}
+    row = rows.row_of({**report, "hint_note": "n"})
+    assert (row["line"], row["workload"], row["hints"], row["hint_note"]) == ("l", "w", [hint], "n")
+    assert row["nodes"] == [
+        {
+            **{"id": "3.0.1", "display": "3", "type": "A", "wall_s": 2.5, "moves_s": 0.875, "stall_s": 0.25},
+            **{"peak": 7, "cached": False},
+        }
+    ]
+    many = [{**node, "id": str(i), "t1": 1.0 + i % 7} for i in range(1000)]
+    short = rows.row_of({**report, "nodes": many})["nodes"]
+    assert len(short) == rows.NODES and min(n["wall_s"] for n in short) >= 5, "those that took longest"
+    assert [int(n["id"]) for n in short] == sorted(int(n["id"]) for n in short), "in their order"
+
+
+def test_the_rows_of_the_last_prompts_alone_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "text_of", lambda report: "")
+    kept = rows.Rows()
+    for number in range(rows.KEEP + 3):
+        kept.keep({"prompt_id": str(number), "resolved": {}})
+    assert kept.get("2") is None and kept.get("3") is not None and kept.get(str(rows.KEEP + 2)) is not None
+
+
+def test_a_row_is_put_together_once(
+    prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        prompts.run(Node("1", "KSampler", lambda: runs.touch("observe")), prompt_id=f"p{number}")
+    settle(runs)
+    before = get("/offload/runs")[1]
+    monkeypatch.setattr(runs, "report", lambda prompt_id: pytest.fail("a report is built for a row that is kept"))
+    assert get("/offload/runs")[1] == before and len(before["runs"]) == 3
+
+
+def settle(runs: PromptRuns) -> None:
+    import time
+
+    end = time.monotonic() + 5
+    while runs._unsettled or runs._run is not None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    time.sleep(0.05)  # who wants to know is told after that
+
+
+def test_the_trace_of_a_prompt(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]) -> None:
+    prompts.run(Node("1", "KSampler", lambda: runs.touch("observe")), prompt_id="p")
+    code, trace = get("/offload/trace/p")
+    assert code == 200 and trace == json.loads(json.dumps(build_trace(get("/offload/report/p")[1])))
+    assert {"traceEvents", "displayTimeUnit", "otherData"} == set(trace) and trace["traceEvents"]
+    assert get("/offload/trace/p9")[0] == 404
+    assert get("/offload/trace/..%2f..%2fetc%2fpasswd")[0] == 404
+
+
+def test_a_page_says_that_it_is_there(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
+    code, answer = get("/offload/status?page=browser")
+    assert code == 400 and "no websocket" in answer["error"]
+    prompts.server.sockets["browser"] = object()
+    code, answer = get("/offload/status?page=browser")
+    assert code == 200 and answer["telemetry"]["pages"] == 1 and answer["telemetry"]["clients"] == 0
+
+
+def test_marks_by_http(
+    prompts: Prompts, get: Callable[[str], tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "known_machine", lambda: Machine("Card", "cuda", 16 << 30, others=0))
+    code, answer = get("/offload/marks?mode=balanced&high=50%25&low=2GiB&fit_aware=false")
+    assert code == 200 and answer["error"] is None
+    assert (answer["total"], answer["high"], answer["low"], answer["mode"]) == (16 << 30, 8 << 30, 2 << 30, "balanced")
+    code, answer = get("/offload/marks?high=lots")
+    assert code == 200 and answer["error"].startswith("high: got 'lots'")
+    code, answer = get("/offload/marks?never=" + "x" * 2000)
+    assert code == 400 and "2000 characters" in answer["error"]
 
 
 def test_runs_and_reports(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[int, Any]]) -> None:
@@ -117,13 +226,16 @@ def test_limits_that_are_refused(get: Callable[[str], tuple[int, Any]], limit: s
 
 def test_routes_only_read(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
     ours = list(prompts.server.routes)  # type: ignore[attr-defined]
-    assert {route.path for route in ours} == {"/offload/status", "/offload/runs", "/offload/report/{prompt_id}"}
+    assert {route.path for route in ours} == {
+        *("/offload/status", "/offload/runs", "/offload/marks"),
+        *("/offload/report/{prompt_id}", "/offload/trace/{prompt_id}"),
+    }
     assert {route.method for route in ours} == {"GET"}
 
 
 def test_registered_once(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
     assert routes.register_routes() == {} and routes.register_routes() == {}
-    assert len(list(prompts.server.routes)) == 3 and len(prompts.server.on_prompt_handlers) == 1  # type: ignore[attr-defined]
+    assert len(list(prompts.server.routes)) == 5 and len(prompts.server.on_prompt_handlers) == 1  # type: ignore[attr-defined]
 
 
 def test_the_prompt_handler_passes_the_prompt_on(prompts: Prompts, get: Callable[[str], tuple[int, Any]]) -> None:
@@ -141,8 +253,8 @@ def test_another_pack_has_a_route(prompts: Prompts, runs: PromptRuns, caplog: py
     assert list(off) == ["/offload/report/{prompt_id}"]
     assert "/offload/report/{prompt_id} is off: another pack has this route" in caplog.text
     mine = [route.path for route in prompts.server.routes if route.handler is not theirs]  # type: ignore[attr-defined]
-    assert mine == ["/offload/status", "/offload/runs"]
-    assert routes.status(runs, SimpleNamespace(clients=dict))["off"] == off  # type: ignore[arg-type]
+    assert mine == ["/offload/status", "/offload/runs", "/offload/trace/{prompt_id}", "/offload/marks"]
+    assert routes.status(runs, Telemetry())["off"] == off
 
 
 def test_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +299,13 @@ def test_no_handler_asks_a_device(
 
             monkeypatch.setattr(run.backend, name, watched)
         other = threading.Thread(
-            target=lambda: answers.extend([get("/offload/status"), get("/offload/report/p"), get("/offload/runs")])
+            target=lambda: answers.extend(
+                [get(f"/offload/{path}") for path in ("status", "report/p", "runs", "trace/p", "marks")]
+            )
         )
         other.start()
         other.join()
 
     prompts.run(Node("1", "KSampler", work), prompt_id="p")
-    assert [code for code, _ in answers] == [200, 200, 200] and answers[1][1]["ended"] is False
+    assert [code for code, _ in answers] == [200] * 5 and answers[1][1]["ended"] is False
     assert asked == []
