@@ -75,38 +75,42 @@ function nodesOf(graph) {
  */
 export function placeOf({ node, path }, field) {
   const slot = (node.inputs ?? []).findIndex((/** @type {any} */ input) => nameOf(input) === field);
-  const linked = slot >= 0 && node.inputs[slot].link != null;
-  if (!linked) {
+  const link = slot < 0 ? null : linkTo(node, slot, path);
+  if (!link) {
     const widget = (node.widgets ?? []).find((/** @type {any} */ one) => one?.name === field);
     return widget ? { widget, owner: node } : null;
   }
-  return throughLink(node.inputs[slot], path.length ? path[path.length - 1].subgraph : node.graph, path);
+  return throughLink(link, path, node);
 }
 
-/** @param {any} input @param {any} graph @param {any[]} path @returns {Place | string} */
-function throughLink(input, graph, path) {
-  const link = linkOf(graph, input.link);
-  if (Number(link?.origin_id) !== SUBGRAPH_INPUT || !path.length) return originOf(graph, link);
+/** @param {any} link @param {any[]} path @param {any} node where it ends @returns {Place | string} */
+function throughLink(link, path, node) {
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT || !path.length) return originOf(graphOf(node, path), link);
   const outer = path[path.length - 1];
   const shown = outer.inputs?.[link.origin_slot];
-  if (!shown) return `the input of ${titleOf(outer)}`;
-  if (shown.link != null) {
-    const rest = path.slice(0, -1);
-    return throughLink(shown, rest.length ? rest[rest.length - 1].subgraph : outer.graph, rest);
-  }
+  if (!shown) return `an input of ${titleOf(outer)}`;
+  const rest = path.slice(0, -1);
+  const further = linkTo(outer, link.origin_slot, rest);
+  if (further) return throughLink(further, rest, outer);
   const name = nameOf(shown);
   const widget = shown._widget ?? (outer.widgets ?? []).find((/** @type {any} */ one) => one?.name === name);
   return widget ? { widget, owner: outer } : `the input "${name}" of ${titleOf(outer)}`;
 }
 
-/** @param {any} graph @param {any} id */
-function linkOf(graph, id) {
-  return graph?.getLink?.(id) ?? graph?.links?.get?.(id) ?? graph?.links?.[id] ?? null;
+/** @param {any} node @param {any[]} path */
+const graphOf = (node, path) => (path.length ? path[path.length - 1].subgraph : node.graph);
+
+/** The link that ends in this input, or null; a link that cannot be found still supplies the value. @param {any} node @param {number} slot @param {any[]} path */
+function linkTo(node, slot, path) {
+  if (typeof node.getInputLink === "function") return node.getInputLink(slot) ?? null;
+  const id = node.inputs[slot].link;
+  const graph = graphOf(node, path);
+  return id == null ? null : (graph?.links?.get?.(id) ?? graph?.links?.[id] ?? {});
 }
 
 /** @param {any} graph @param {any} link @returns {string} */
 function originOf(graph, link) {
-  const origin = link && nodesOf(graph).find((node) => String(node.id) === String(link.origin_id));
+  const origin = nodesOf(graph).find((node) => String(node.id) === String(link.origin_id));
   return origin ? titleOf(origin) : "another node";
 }
 

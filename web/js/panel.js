@@ -67,6 +67,8 @@ export function mountPanel(place, host, store) {
   const body = makeBody();
   root.append(head, under, problem, note, hint.element, empty, body.element, status);
   place.replaceChildren(root);
+  const heightBefore = place.style.height;
+  place.style.height = "100%"; // the front end's own place is as high as what is in it
   const look = dress(root);
 
   /** The run whose end we saw and whose row has not come. @type {string | null} */
@@ -230,6 +232,7 @@ export function mountPanel(place, host, store) {
     body.destroy();
     look.off();
     root.remove();
+    place.style.height = heightBefore;
   };
 }
 
