@@ -8,8 +8,8 @@ import { el, setAttr, setText } from "./dom.js";
 import { bytes, seconds } from "./format.js";
 import { makeLegend } from "./legend.js";
 import { PARTS } from "./look.js";
-import { fillBox, line, textWidth, write } from "./paint.js";
-import { clamp, View, ticks } from "./scale.js";
+import { fillBox, line, shorten, textWidth, write } from "./paint.js";
+import { clamp, roundStep, ticks, View } from "./scale.js";
 import { bucketsOf, cleanSteps, groupsOf, sumOf } from "./steps.js";
 import { makeSurface } from "./surface.js";
 
@@ -39,6 +39,8 @@ export function makeSteps({ label, onSelect, height = 120, compact = false }) {
   /** @type {number | null} */
   let hovered = null;
   let left = 0;
+  /** How many steps share a column of pixels. */
+  let packed = 1;
 
   const surface = makeSurface({
     root: element,
@@ -46,7 +48,10 @@ export function makeSteps({ label, onSelect, height = 120, compact = false }) {
     height,
     draw: (ctx, box) => {
       left = axisWidth(steps, view, box, compact);
-      draw(ctx, box, { steps, view, left, chosen: hovered ?? chosen });
+      const shared = draw(ctx, box, { steps, view, left, chosen: hovered ?? chosen });
+      if (shared === packed) return;
+      packed = shared;
+      tell();
     },
   });
   const readout = el("p", "bo-readout");
@@ -57,9 +62,13 @@ export function makeSteps({ label, onSelect, height = 120, compact = false }) {
     element.append(surface.canvas, readout, legend.element, behind.element);
   } else element.append(surface.canvas, readout, behind.element);
 
-  const say = () => {
+  const tell = () => {
     const at = hovered ?? chosen;
-    setText(readout, at === null ? summary(steps) : stepText(steps[at]));
+    const note = packed > 1 ? `; each column is the slowest of ${packed}` : "";
+    setText(readout, at !== null ? stepText(steps[at]) : steps.length ? `${summary(steps, compact)}${note}` : "");
+  };
+  const say = () => {
+    tell();
     surface.redraw();
   };
   const plot = () => ({ left, width: surface.width() - left });
@@ -123,7 +132,7 @@ export function makeSteps({ label, onSelect, height = 120, compact = false }) {
     view.extend(steps.length);
     if (chosen !== null && chosen >= steps.length) chosen = null;
     if (hovered !== null && hovered >= steps.length) hovered = null;
-    setAttr(surface.canvas, "aria-label", `${label}: ${summary(steps)}`);
+    setAttr(surface.canvas, "aria-label", `${label}: ${summary(steps, false)}`);
     behind.update();
     say();
   };
@@ -170,13 +179,17 @@ export function stepText(step) {
 
 /**
  * @param {CleanStep[]} steps
+ * @param {boolean} brief
  * @returns {string}
  */
-function summary(steps) {
+function summary(steps, brief) {
   if (!steps.length) return "no steps yet";
   const count = steps.reduce((all, step) => all + step.count, 0);
+  const wall = steps.reduce((/** @type {number | null} */ top, step) => (step.wall === null ? top : Math.max(top ?? 0, step.wall)), null);
+  const begin = `${count} ${count === 1 ? "step" : "steps"}, slowest ${seconds(wall)}`;
+  if (brief) return `${begin}, stall ${seconds(sumOf(steps, "stall_s"))}, moved ${bytes(sumOf(steps, "bytes"))}`;
   return (
-    `${count} ${count === 1 ? "step" : "steps"}: compute ${seconds(sumOf(steps, "compute_s"))}, stall ` +
+    `${begin}: compute ${seconds(sumOf(steps, "compute_s"))}, stall ` +
     `${seconds(sumOf(steps, "stall_s"))}, copies behind compute ${seconds(sumOf(steps, "overlapped_s"))}, moved ` +
     `${bytes(sumOf(steps, "bytes"))}`
   );
@@ -201,13 +214,14 @@ function slowest(steps, view) {
 function axisWidth(steps, view, { width, theme }, compact) {
   if (compact || width < 320) return 0;
   const top = slowest(steps, view);
-  return Math.max(...[0, ...ticks(top, 3)].map((tick) => textWidth(seconds(tick), theme.font))) + 10;
+  return Math.max(...[0, ...ticks(top, 4)].map((tick) => textWidth(seconds(tick), theme.font))) + 10;
 }
 
 /**
  * @param {CanvasRenderingContext2D} ctx
  * @param {import("./surface.js").Box} box
  * @param {{steps: CleanStep[], view: View, left: number, chosen: number | null}} state
+ * @returns {number} how many steps share a column
  */
 function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
   const bottom = height - BOTTOM;
@@ -215,10 +229,14 @@ function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
   const room = bottom - TOP;
   const share = width - left;
   const y = (/** @type {number} */ time) => (top > 0 ? (time / top) * room : 0);
-  const marks = ticks(top, 3);
+  const marks = ticks(top, 4);
+  if (!steps.length) {
+    write(ctx, "no steps yet", width / 2, height / 2, theme, { align: "center", color: theme.muted, halo: false });
+    return 1;
+  }
   ctx.lineWidth = 1;
   ctx.strokeStyle = theme.grid;
-  for (const tick of marks) line(ctx, left, Math.round(bottom - y(tick)) + 0.5, width, Math.round(bottom - y(tick)) + 0.5);
+  for (const tick of left ? marks : []) line(ctx, left, Math.round(bottom - y(tick)) + 0.5, width, Math.round(bottom - y(tick)) + 0.5);
   const buckets = bucketsOf(steps, view, share, LEAST_COLUMN);
   for (const bucket of buckets) {
     const x0 = left + bucket.from * share;
@@ -234,9 +252,9 @@ function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
   ctx.strokeStyle = theme.border;
   ctx.lineWidth = 1;
   line(ctx, left, bottom + 0.5, width, bottom + 0.5);
-  if (left) for (const tick of [0, ...marks]) write(ctx, seconds(tick), left - 6, Math.max(6, bottom - y(tick)), theme, { align: "right", color: theme.muted, halo: false });
-  else if (marks.length) write(ctx, seconds(marks[marks.length - 1]), 2, bottom - y(marks[marks.length - 1]), theme, { color: theme.muted });
-  names(ctx, { width, height, theme }, { steps, view, left, buckets });
+  if (left) for (const tick of [0, ...marks]) write(ctx, tick ? seconds(tick) : "0", left - 6, Math.max(6, bottom - y(tick)), theme, { align: "right", color: theme.muted, halo: false });
+  names(ctx, { width, height, theme }, { steps, view, left });
+  return Math.max(...buckets.map((bucket) => bucket.last - bucket.first + 1));
 }
 
 /**
@@ -262,29 +280,30 @@ function column(ctx, step, { x, width, bottom, y, theme }) {
  * Step numbers below, the node of each group above, a thin line between two nodes.
  * @param {CanvasRenderingContext2D} ctx
  * @param {import("./surface.js").Box} box
- * @param {{steps: CleanStep[], view: View, left: number, buckets: import("./steps.js").Bucket[]}} state
+ * @param {{steps: CleanStep[], view: View, left: number}} state
  */
-function names(ctx, { width, height, theme }, { steps, view, left, buckets }) {
+function names(ctx, { width, height, theme }, { steps, view, left }) {
   const share = width - left;
   const xOf = (/** @type {number} */ index) => left + view.at(index) * share;
+  ctx.strokeStyle = theme.border;
+  ctx.lineWidth = 1;
+  let edge = left - 8;
   for (const group of groupsOf(steps)) {
     const from = Math.max(left, xOf(group.from));
     const to = Math.min(width, xOf(group.to));
     if (to - from < 4) continue;
-    ctx.strokeStyle = theme.grid;
     if (group.from > view.from) line(ctx, Math.round(from) + 0.5, 2, Math.round(from) + 0.5, height - BOTTOM);
-    const name = group.node === null ? "" : `node ${group.node}`;
-    if (textWidth(name, theme.font) + 6 <= to - from) write(ctx, name, from + 4, 7, theme, { color: theme.muted });
+    const name = shorten(group.node === null ? "" : `node ${group.node}`, to - from - 8, theme.font);
+    write(ctx, name, from + 4, 7, theme, { color: theme.muted });
+    const each = roundStep((textWidth(steps[group.to - 1].name, theme.font) + 10) / (xOf(1) - xOf(0)), 10);
+    for (let i = Math.max(group.from, Math.floor(view.from)); i < Math.min(group.to, view.to); i += 1) {
+      const past = i - group.from;
+      if (past && ((past + 1) % Math.max(1, each) || past < each * 0.7)) continue;
+      const size = textWidth(steps[i].name, theme.font);
+      const middle = clamp(xOf(i + 0.5), left + size / 2, width - size / 2);
+      if (middle - size / 2 < edge + 8) continue;
+      write(ctx, steps[i].name, middle, height - 7, theme, { align: "center", color: theme.muted, halo: false });
+      edge = middle + size / 2;
+    }
   }
-  let edge = left - 4;
-  const few = buckets.some((bucket) => bucket.last > bucket.first) ? `1 column: the slowest of ${Math.max(...buckets.map((b) => b.last - b.first + 1))}` : "";
-  for (const bucket of buckets) {
-    const step = steps[bucket.worst];
-    const size = textWidth(step.name, theme.font);
-    const middle = clamp(left + ((bucket.from + bucket.to) / 2) * share, left + size / 2, width - size / 2);
-    if (middle - size / 2 < edge + 8) continue;
-    write(ctx, step.name, middle, height - 7, theme, { align: "center", color: theme.muted, halo: false });
-    edge = middle + size / 2 + (size < 14 ? 6 : 16);
-  }
-  if (few && textWidth(few, theme.font) < share / 2) write(ctx, few, width - 4, 7, theme, { align: "right", color: theme.muted });
 }

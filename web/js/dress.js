@@ -24,6 +24,7 @@ export function ensureStyle() {
   link.className = "bo-style";
   link.rel = "stylesheet";
   link.href = href;
+  link.addEventListener("load", later);
   document.head.append(link);
 }
 

@@ -18,6 +18,7 @@ import { cssColor, luminance, over, parseColor, readable } from "./color.js";
  * @property {string} border edge of a control or bar
  * @property {string} grid decoration only
  * @property {string} raised a control's surface
+ * @property {string} band a stage's surface, less than a control's
  * @property {string} weights
  * @property {string} activations
  * @property {string} others
@@ -47,9 +48,9 @@ const LIGHT = {
   components: ["#0072b2", "#a8457c", "#7a6a00", "#007a59"],
 };
 
-/** A component's pattern: with four colours and four patterns the first sixteen differ. */
+/** A component's pattern: with four colours and four patterns the first sixteen differ. Dots are the activations'. */
 /** @type {Fill[]} */
-const FILLS = ["solid", "hatch", "dots", "back"];
+const FILLS = ["solid", "hatch", "cross", "back"];
 
 /**
  * @param {number} index of the component, in order of appearance
@@ -124,6 +125,7 @@ export function themeOn(background, host = {}) {
     border: at(host.border, dark ? "#6e6e6e" : "#888888", 3),
     grid: soft(text, 0.14),
     raised: raised ? cssColor(over(raised, bg)) : soft(text, 0.08),
+    band: soft(text, 0.08),
     weights: at(set.weights, set.weights, 3),
     activations: at(set.activations, set.activations, 3),
     others: at(set.others, set.others, 3),

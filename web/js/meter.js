@@ -15,7 +15,11 @@ import { barOf, known } from "./scale.js";
 /** @typedef {import("./scale.js").Bar} Bar */
 
 const KEYS = /** @type {const} */ (["weights", "activations", "unknown", "others", "free"]);
-const LANE = 15;
+const LANE = 14;
+/** Room for a mark's triangle, between its label and the bar. */
+const GLYPH = 6;
+/** Less than this has no room for a text. */
+const LEAST_TEXT = 30;
 
 /**
  * The bar of what the card holds now: weights | activations and cache | other programs | free.
@@ -52,7 +56,9 @@ export function makeMeter({ label, height = 18, legend = true }) {
   let drawn = barOf(null);
   let width = 0;
   const place = () => {
-    if (width > 0) placeMarks(drawn, marks, { above, below }, width, height, look.theme().font);
+    if (!(width > 0)) return;
+    placeUnknown(drawn, /** @type {HTMLElement} */ (segments.get("unknown")), width);
+    placeMarks(drawn, marks, { above, below }, width, height, look.theme().font);
   };
   const look = dress(element, place);
   const resized = new ResizeObserver(([entry]) => {
@@ -74,7 +80,7 @@ export function makeMeter({ label, height = 18, legend = true }) {
       setValue(segment, found?.bytes ?? null);
     }
     const unknown = segments.get("unknown");
-    if (unknown) setText(unknown, unknown.hidden ? "" : "n/a");
+    if (unknown) setText(unknown.children[0], unknown.hidden ? "" : "n/a");
     const top = known(vram?.peak);
     setText(used, pair(drawn.used, drawn.total));
     setValue(used, drawn.used);
@@ -95,10 +101,30 @@ export function makeMeter({ label, height = 18, legend = true }) {
   };
 }
 
+/**
+ * The n/a stands in the unknown part where no mark goes through it.
+ * @param {Bar} drawn
+ * @param {HTMLElement} segment
+ * @param {number} width
+ */
+function placeUnknown(drawn, segment, width) {
+  const hole = drawn.parts.find((part) => part.key === "unknown");
+  const room = hole ? (hole.to - hole.from) * width : 0;
+  const text = /** @type {HTMLElement} */ (segment.children[0]);
+  const free = [0.5, 0.25, 0.75, 0.12, 0.88].find((share) => {
+    const middle = (hole?.from ?? 0) * width + room * share;
+    const inside = room * Math.min(share, 1 - share) >= LEAST_TEXT / 2;
+    return inside && drawn.marks.every((mark) => Math.abs(mark.at * width - middle) > LEAST_TEXT / 2);
+  });
+  text.hidden = free === undefined;
+  text.style.left = `${(free ?? 0.5) * 100}%`;
+}
+
 /** @param {typeof KEYS[number]} key */
 function segmentOf(key) {
   const segment = el("div", `bo-seg bo-fill-${PARTS[key].fill}`);
   segment.dataset.part = key;
+  if (key === "unknown") segment.append(el("span", "bo-seg-text"));
   segment.style.setProperty("--bo-ink", `var(--bo-${key}, var(--bo-muted))`);
   return segment;
 }
@@ -122,7 +148,8 @@ function markOf(kind) {
 function placeMarks(drawn, marks, lanes, width, height, font) {
   const texts = drawn.marks.map((mark) => ({
     mark,
-    text: `${mark.key} ${bytes(mark.bytes)}${mark.beyond ? " →" : ""}`,
+    // The peak's figure stands in the head.
+    text: mark.key === "peak" ? "peak" : `${mark.key} ${bytes(mark.bytes)}${mark.beyond ? " →" : ""}`,
     at: mark.at * width,
   }));
   const label = (/** @type {typeof texts[number]} */ one) => ({ at: one.at, width: textWidth(one.text, font) });
@@ -132,9 +159,9 @@ function placeMarks(drawn, marks, lanes, width, height, font) {
   low.sort((a, b) => Number(b.mark.key === "low") - Number(a.mark.key === "low"));
   const under = placeLabels(low.map(label), width, 2);
   const rows = Math.max(0, ...under.map((one) => one.row + 1));
-  const upper = high.some((one) => one.row === 0) ? LANE : 4;
+  const upper = high.some((one) => one.row === 0) ? LANE + GLYPH : GLYPH;
   lanes.above.style.height = `${upper}px`;
-  lanes.below.style.height = `${rows ? rows * LANE : 4}px`;
+  lanes.below.style.height = `${rows * LANE + GLYPH}px`;
   for (const kind of /** @type {const} */ (["high", "low", "peak"])) {
     const one = texts.find(({ mark }) => mark.key === kind);
     const { line, text } = marks[kind];
@@ -145,15 +172,15 @@ function placeMarks(drawn, marks, lanes, width, height, font) {
     const spot = over && over.row >= 0 ? over : under[low.indexOf(one)];
     const half = kind === "peak" ? 0.5 : 1;
     line.style.left = `${Math.min(Math.max(one.at - half, 0), width - half * 2)}px`;
-    line.style.top = `${upper - 3}px`;
-    line.style.height = `${height + 6}px`;
+    line.style.top = `${upper - 2}px`;
+    line.style.height = `${height + 4}px`;
     setValue(line, one.mark.bytes);
     line.classList.toggle("bo-beyond", one.mark.beyond);
     if (spot.row < 0) continue;
     text.hidden = false;
     setText(text, one.text);
     text.style.left = `${spot.left}px`;
-    text.style.top = spot === over ? "0" : `${upper + height + 2 + spot.row * LANE}px`;
+    text.style.top = spot === over ? "0" : `${upper + height + GLYPH + spot.row * LANE}px`;
   }
 }
 

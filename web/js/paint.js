@@ -241,6 +241,7 @@ export function glyph(ctx, kind, x, y, size, color, back) {
  */
 export function write(ctx, text, x, y, theme, options = {}) {
   if (!text) return;
+  ctx.save();
   ctx.font = `${options.weight ?? "400"} ${TEXT_PX}px ${theme.font}`;
   ctx.textAlign = options.align ?? "left";
   ctx.textBaseline = "middle";
@@ -252,4 +253,5 @@ export function write(ctx, text, x, y, theme, options = {}) {
   }
   ctx.fillStyle = options.color ?? theme.text;
   ctx.fillText(text, x, y);
+  ctx.restore();
 }

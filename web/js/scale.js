@@ -41,20 +41,19 @@ export function barOf(vram) {
   const marks = /** @type {const} */ (["high", "low", "peak"]).map((key) => ({ key, bytes: known(vram?.[key]) }));
   const top = Math.max(sum, ...marks.map((mark) => mark.bytes ?? 0));
   const extent = Math.max(total ?? top, sum) || 1;
-  const missing = total === null ? 0 : total - sum;
-  // Parts are looked at one after another: a gap of less than 1/200 is between two looks, not something unknown.
-  const gap = missing > (bytes.includes(null) ? 0 : extent / 200) ? missing : 0;
+  // Parts are looked at one after another: a gap of less than 1/100 lies between two looks, and is not unknown.
+  const gap = extent - sum > (bytes.includes(null) ? 0 : extent / 100) ? extent - sum : 0;
   const hole = bytes.includes(null) ? bytes.indexOf(null) : 3;
   /** @type {Part[]} */
   const parts = [];
   let at = 0;
-  const put = (/** @type {PartKey} */ key, /** @type {number | null} */ size) => {
+  const put = (/** @type {PartKey} */ key, /** @type {number | null} */ size, shown = size) => {
     const to = at + (size ?? 0) / extent;
-    parts.push({ key, bytes: size, from: at, to });
+    parts.push({ key, bytes: shown, from: at, to });
     at = to;
   };
   ORDER.forEach((key, i) => {
-    if (i === hole && gap) put("unknown", gap);
+    if (i === hole && gap) put("unknown", gap, total === null ? null : gap);
     put(key, bytes[i]);
   });
   return {
@@ -111,7 +110,7 @@ export function ticksBetween(from, to, most, base = 10) {
  * @param {number} least
  * @param {number} base
  */
-function roundStep(least, base) {
+export function roundStep(least, base) {
   if (base === 1024) return Math.max(1, 2 ** Math.ceil(Math.log2(least) - 1e-9));
   const power = 10 ** Math.floor(Math.log10(least) + 1e-9);
   return (/** @type {number} */ ([1, 2, 5, 10].find((n) => n * power >= least * (1 - 1e-9)))) * power;

@@ -4,7 +4,7 @@
  */
 import { el, setAttr, setText } from "./dom.js";
 import { bytes, seconds } from "./format.js";
-import { glyph, line, markLine } from "./paint.js";
+import { glyph, line, markLine, shorten, textWidth, write } from "./paint.js";
 import { clamp, known } from "./scale.js";
 import { makeSurface } from "./surface.js";
 
@@ -12,7 +12,8 @@ import { makeSurface } from "./surface.js";
 /** @typedef {{high?: number | null, low?: number | null, total?: number | null}} Marks */
 /** @typedef {{t: number, used: number | null}[]} Clean */
 
-const HEIGHT = 40;
+const HEIGHT = 54;
+const TITLE = 15;
 
 /**
  * The course of the run: memory in use over time, with the marks.
@@ -29,7 +30,10 @@ export function makeSpark({ label, height = HEIGHT }) {
     root: element,
     label,
     height,
-    draw: (ctx, box) => draw(ctx, box, samples, marks),
+    draw: (ctx, box) => {
+      draw(ctx, box, samples, marks);
+      title(ctx, box, label, samples);
+    },
   });
   const behind = summaryTable(label);
   element.append(surface.canvas, behind.element);
@@ -101,7 +105,7 @@ function draw(ctx, { width, height, theme }, samples, marks) {
   const values = samples.map((sample) => sample.used ?? 0);
   const [high, low] = [known(marks.high), known(marks.low)];
   const total = known(marks.total) || values.reduce((top, n) => Math.max(top, n), Math.max(high ?? 0, low ?? 0)) || 1;
-  const top = 7;
+  const top = TITLE + 7;
   const bottom = height - 1;
   const y = (/** @type {number} */ n) => bottom - clamp(n / total, 0, 1) * (bottom - top);
   ctx.strokeStyle = theme.border;
@@ -132,6 +136,19 @@ function draw(ctx, { width, height, theme }, samples, marks) {
     markLine(ctx, "low", theme, 0, y(low), width, y(low));
     glyph(ctx, "up", width - 6, Math.min(y(low) + 5, bottom - 3), 7, theme.text, theme.bg);
   }
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {import("./surface.js").Box} box
+ * @param {string} label
+ * @param {Clean} samples
+ */
+function title(ctx, { width, theme }, label, samples) {
+  const over = samples.length ? `${seconds(samples[samples.length - 1].t - samples[0].t)}` : "no samples yet";
+  const room = textWidth(over, theme.font);
+  write(ctx, over, width, 7, theme, { align: "right", color: theme.muted, halo: false });
+  write(ctx, shorten(label, width - room - 12, theme.font), 0, 7, theme, { color: theme.muted, halo: false });
 }
 
 /**

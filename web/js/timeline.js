@@ -140,7 +140,7 @@ export function makeTimeline({ label, height = 220 }) {
     events = eventsOf(model);
     view.extend(model.end);
     if (walked !== null && walked >= events.length) cursor = walked = null;
-    setAttr(surface.canvas, "aria-label", `${label}: ${summary(model, stack, events, null)}. ${HELP}`);
+    setAttr(surface.canvas, "aria-label", `${label}: ${summary(model, stack, events, null) || "nothing recorded yet"}. ${HELP}`);
     behind.update();
     changed();
   };
@@ -212,7 +212,7 @@ function heldText(stack, time) {
  * @param {View | null} view
  */
 function summary(model, stack, events, view) {
-  if (!stack.times.length && !events.length) return "no course of memory yet";
+  if (!stack.times.length && !events.length) return "";
   const count = (/** @type {string} */ kind) => events.filter((event) => event.kind === kind).length;
   const [out, ooms] = [count("evict"), count("oom")];
   const marks = `high mark ${bytes(model.high)}, low mark ${bytes(model.low)}`;
@@ -233,7 +233,7 @@ function summary(model, stack, events, view) {
 function legendOf(stack, model, events, theme) {
   /** @type {import("./legend.js").LegendItem[]} */
   const items = stack.names.map((name, i) => ({ key: `component-${i}`, title: name, ...componentLook(i, theme) }));
-  items.push({ key: "activations", title: PARTS.activations.title, fill: "dots" });
+  if (stack.times.length) items.push({ key: "activations", title: PARTS.activations.title, fill: "dots" });
   if (model.high !== null) items.push({ key: "high", title: "high mark", fill: "high" });
   if (model.low !== null) items.push({ key: "low", title: "low mark", fill: "low" });
   if (events.some((event) => event.kind === "evict")) items.push({ key: "evict", title: "eviction", fill: "evict" });

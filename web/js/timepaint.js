@@ -2,7 +2,7 @@
  * Invariant: reads the state, draws it, keeps nothing but where the glyphs are; two texts never lie on each other.
  */
 import { bytes, seconds } from "./format.js";
-import { componentLook } from "./look.js";
+import { componentLook, PARTS } from "./look.js";
 import { glyph, inkOf, line, markLine, shorten, textWidth, write } from "./paint.js";
 import { clamp, ticks, ticksBetween } from "./scale.js";
 import { columnsOf } from "./stack.js";
@@ -13,7 +13,7 @@ import { cssColor, mix, parseColor } from "./color.js";
 /** @typedef {import("./stack.js").TimelineModel} TimelineModel */
 /** @typedef {import("./scale.js").View} View */
 /** @typedef {import("./surface.js").Box} Box */
-/** @typedef {{x: number, events: TimeEvent[]}} Spot events that fall on one glyph */
+/** @typedef {{x: number, oom: boolean, events: TimeEvent[]}} Spot events that fall on one glyph */
 /** @typedef {{t: number, kind: "stage" | "evict" | "oom", text: string}} TimeEvent */
 /**
  * @typedef {object} State
@@ -57,6 +57,10 @@ export function extentOf(model, stack) {
  */
 export function drawTimeline(ctx, { width, height, theme }, state) {
   const { model, stack, view } = state;
+  if (!stack.times.length && !model.stages.length && !state.events.length) {
+    write(ctx, "nothing recorded yet", width / 2, height / 2, theme, { align: "center", color: theme.muted, halo: false });
+    return [];
+  }
   const extent = extentOf(model, stack);
   const frame = frameOf(width, height, theme, extent);
   const x = (/** @type {number} */ time) => frame.left + view.at(time) * frame.width;
@@ -66,8 +70,10 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
   ctx.beginPath();
   ctx.rect(frame.left, 0, frame.width, height);
   ctx.clip();
-  const columns = columnsOf(stack, view.from, view.to, Math.max(1, Math.floor(frame.width)), model.end);
-  const runs = runsOf(columns, frame.width / columns.length);
+  // A column is a whole pixel, or seams would show between them: the last one may be cut.
+  const count = Math.max(1, Math.ceil(frame.width));
+  const to = view.from + ((view.to - view.from) * count) / Math.max(1, frame.width);
+  const runs = runsOf(columnsOf(stack, view.from, to, count, model.end));
   const labels = areas(ctx, theme, stack, runs, frame.left, y);
   bands(ctx, theme, model, frame, x);
   if (model.total !== null) markLine(ctx, "total", theme, frame.left, y(model.total), width, y(model.total));
@@ -75,6 +81,8 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
     const at = model[kind];
     if (at !== null) markLine(ctx, kind, theme, frame.left, y(at), width, y(at));
   }
+  const spots = spotsOf(state.events, frame, x);
+  stems(ctx, theme, spots, frame);
   const taken = markNames(ctx, theme, model, frame, y, width);
   for (const label of labels) {
     if (!taken.some((box) => overlaps(box, label))) write(ctx, label.text, label.x, label.y, theme, { align: "center" });
@@ -84,7 +92,7 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
     ctx.lineWidth = 1;
     line(ctx, Math.round(x(state.cursor)) + 0.5, 0, Math.round(x(state.cursor)) + 0.5, frame.bottom);
   }
-  const spots = glyphs(ctx, theme, state, frame, x);
+  glyphs(ctx, theme, spots, frame);
   ctx.restore();
   times(ctx, theme, frame, view, width, height);
   if (!frame.left) for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
@@ -110,17 +118,16 @@ function grid(ctx, theme, frame, y, width) {
 
 /**
  * Neighbouring columns of the same moment.
- * @param {Int32Array} columns
- * @param {number} each pixels
+ * @param {Int32Array} columns of one pixel
  * @returns {{moment: number, from: number, to: number}[]}
  */
-function runsOf(columns, each) {
+function runsOf(columns) {
   /** @type {{moment: number, from: number, to: number}[]} */
   const runs = [];
   columns.forEach((moment, i) => {
     const last = runs[runs.length - 1];
-    if (last && last.moment === moment) last.to = (i + 1) * each;
-    else runs.push({ moment, from: i * each, to: (i + 1) * each });
+    if (last && last.moment === moment) last.to = i + 1;
+    else runs.push({ moment, from: i, to: i + 1 });
   });
   return runs.filter((run) => run.moment >= 0);
 }
@@ -144,7 +151,7 @@ function areas(ctx, theme, stack, runs, left, y) {
     const last = row === rows;
     const { color, fill } = last ? { color: theme.activations, fill: /** @type {const} */ ("dots") } : componentLook(row, theme);
     const ink = inkOf(ctx, fill, color, soft(color, theme));
-    let best = { room: 0, x: 0, y: 0, width: 0 };
+    const [tall, least] = [makeStretch(28), makeStretch(16)];
     const tops = runs.map(({ moment, from, to }, i) => {
       const value = stack.values[row][moment] || 0;
       const next = last ? Math.max(base[i], value) : base[i] + value;
@@ -152,17 +159,43 @@ function areas(ctx, theme, stack, runs, left, y) {
       if (y0 - y1 > 0) {
         ctx.fillStyle = ink;
         ctx.fillRect(left + from, y1, to - from, y0 - y1);
-        const room = Math.min(y0 - y1, 40) * (to - from);
-        if (y0 - y1 >= 16 && room > best.room) best = { room, x: left + (from + to) / 2, y: (y0 + y1) / 2, width: to - from };
       }
+      for (const stretch of [tall, least]) stretch.add(left + from, left + to, y1, y0);
       base[i] = next;
       return { from, to, y0, y1 };
     });
     edge(ctx, color, theme, left, tops);
-    const text = shorten(last ? "activations and cache" : stack.names[row], best.width - 12, theme.font);
-    if (text && best.room) labels.push({ text, x: best.x, y: best.y, width: textWidth(text, theme.font) });
+    const name = last ? PARTS.activations.title : stack.names[row];
+    const whole = textWidth(name, theme.font) + 12;
+    const best = tall.longest().to - tall.longest().from >= whole ? tall.longest() : least.longest();
+    const text = shorten(name, best.to - best.from - 12, theme.font);
+    if (text) labels.push({ text, x: (best.from + best.to) / 2, y: (best.top + best.bottom) / 2, width: textWidth(text, theme.font) });
   }
   return labels;
+}
+
+/**
+ * The longest stretch of an area that is at least so high all along.
+ * @param {number} height
+ */
+function makeStretch(height) {
+  let best = { from: 0, to: 0, top: 0, bottom: 0 };
+  let now = { ...best };
+  return {
+    /**
+     * @param {number} from
+     * @param {number} to
+     * @param {number} top
+     * @param {number} bottom
+     */
+    add(from, to, top, bottom) {
+      const both = { from: now.from, to, top: Math.max(now.top, top), bottom: Math.min(now.bottom, bottom) };
+      const joins = from - now.to < 0.5 && both.bottom - both.top >= height;
+      now = joins ? both : bottom - top >= height ? { from, to, top, bottom } : { from: to, to, top: 0, bottom: 0 };
+      if (now.to - now.from > best.to - best.from) best = now;
+    },
+    longest: () => best,
+  };
 }
 
 /**
@@ -213,7 +246,7 @@ function bands(ctx, theme, model, frame, x) {
     const to = clamp(x(stage.t1), frame.left - 2, frame.left + frame.width + 2);
     if (to <= frame.left || from >= frame.left + frame.width) return;
     const width = Math.max(1, to - from);
-    ctx.fillStyle = theme.raised;
+    ctx.fillStyle = theme.band;
     ctx.fillRect(from, 1, width, BAND - 3);
     ctx.strokeStyle = theme.border;
     ctx.lineWidth = 1;
@@ -273,37 +306,59 @@ function markNames(ctx, theme, model, frame, y, width) {
 }
 
 /**
- * Evictions as open triangles, what ran out of memory as a cross; neighbours share a glyph and show their number.
- * @param {CanvasRenderingContext2D} ctx
- * @param {Theme} theme
- * @param {State} state
+ * Neighbouring events share a glyph.
+ * @param {TimeEvent[]} events
  * @param {ReturnType<typeof frameOf>} frame
  * @param {(time: number) => number} x
  * @returns {Spot[]}
  */
-function glyphs(ctx, theme, state, frame, x) {
+function spotsOf(events, frame, x) {
   /** @type {Spot[]} */
   const spots = [];
-  for (const event of state.events) {
-    if (event.kind === "stage") continue;
+  for (const event of events) {
     const at = x(event.t);
-    if (at < frame.left - 1 || at > frame.left + frame.width + 1) continue;
+    if (event.kind === "stage" || at < frame.left - 1 || at > frame.left + frame.width + 1) continue;
     const last = spots[spots.length - 1];
-    if (last && at - last.x < 26) last.events.push(event);
-    else spots.push({ x: clamp(at, frame.left + 6, frame.left + frame.width - 6), events: [event] });
+    const oom = event.kind === "oom";
+    if (last && last.oom === oom && at - last.x < 24) last.events.push(event);
+    else spots.push({ x: clamp(at, frame.left + 6, frame.left + frame.width - 6), oom, events: [event] });
   }
-  const middle = BAND + LANE / 2 - 1;
-  for (const { x: at, events } of spots) {
-    const oom = events.some((event) => event.kind === "oom");
+  return spots;
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {Spot[]} spots
+ * @param {ReturnType<typeof frameOf>} frame
+ */
+function stems(ctx, theme, spots, frame) {
+  ctx.save();
+  for (const { x, oom } of spots) {
     ctx.strokeStyle = oom ? theme.alarm : theme.muted;
     ctx.lineWidth = oom ? 1.5 : 1;
     ctx.setLineDash(oom ? [] : [2, 3]);
-    line(ctx, Math.round(at) + 0.5, middle + 6, Math.round(at) + 0.5, frame.bottom);
-    ctx.setLineDash([]);
-    glyph(ctx, oom ? "oom" : "evict", at, middle, oom ? 9 : 9, oom ? theme.alarm : theme.text, theme.bg);
-    if (events.length > 1 && at + 22 < frame.left + frame.width) write(ctx, String(events.length), at + 8, middle, theme, { color: theme.muted });
+    line(ctx, Math.round(x) + 0.5, BAND + LANE, Math.round(x) + 0.5, frame.bottom);
   }
-  return spots;
+  ctx.restore();
+}
+
+/**
+ * Evictions as open triangles, what ran out of memory as a cross, with their number where they are several.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ * @param {Spot[]} spots
+ * @param {ReturnType<typeof frameOf>} frame
+ */
+function glyphs(ctx, theme, spots, frame) {
+  const y = BAND + LANE / 2 - 1;
+  spots.forEach(({ x, oom, events }, i) => {
+    glyph(ctx, oom ? "oom" : "evict", x, y, 9, oom ? theme.alarm : theme.text, theme.bg);
+    const end = spots[i + 1] ? spots[i + 1].x - 6 : frame.left + frame.width;
+    const text = oom && events.length === 1 ? "OOM" : events.length > 1 ? `${oom ? "OOM " : ""}${events.length}` : "";
+    if (x + 8 + textWidth(text, theme.font) > end) return;
+    write(ctx, text, x + 8, y, theme, { color: oom ? theme.alarm : theme.muted });
+  });
 }
 
 /**
