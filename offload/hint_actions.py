@@ -40,7 +40,7 @@ def _words(field: str, value: Any) -> str:
     name = NAMES.get(field, field)
     if isinstance(value, bool):
         return f"turn {name} {'on' if value else 'off'}"
-    return f"set {name} to {value}" if value != "" else f"leave {name} empty"
+    return f"set {name} to {value}" if value != "" else f"empty {name}"
 
 
 def keeping(run: Digest, component: str, reason: str) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ def percent(part: int | None, whole: int | None) -> str:
     """ "46%", "<1%"; empty where one of the two is not known."""
     if part is None or not whole:
         return ""
-    return "<1%" if 0 < part < 0.005 * whole else f"{100 * part / whole:.0f}%"
+    return "<1%" if 0 < 200 * part <= whole else f"{100 * part / whole:.0f}%"
 
 
 def line(report: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ def test_an_eviction_for_the_decode_s_need_is_explained() -> None:
         ),
         ({"before_decode": "free_all"}, "policy", False, {"before_decode": "fit"}, "Set Before decode to fit"),
         ({"always": ["t5", UNET]}, "always", False, {"always": "t5"}, "Set Always offload to t5"),
-        ({"always": ["unet"]}, "always", False, {"always": ""}, "Leave Always offload empty"),
+        ({"always": ["unet"]}, "always", False, {"always": ""}, "Empty Always offload"),
     ],
 )
 def test_the_cause_decides_what_to_change(

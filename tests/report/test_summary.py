@@ -10,7 +10,7 @@ import pytest
 from balanced_offload.offload.ledger import Ledger
 from balanced_offload.offload.record import RunRecord
 from balanced_offload.offload.report import build_report
-from balanced_offload.offload.summary import line, report_text, seconds, size, table
+from balanced_offload.offload.summary import hint_lines, line, percent, report_text, seconds, size, table
 
 GIB = 1 << 30
 
@@ -113,3 +113,53 @@ def test_the_text_is_at_most_1024_characters(clock: Any, ledger: Ledger, given: 
     text = report_text(build_report(ledger.close_run(ValueError("x" * 5000)), **given))
     assert len(text) <= 1024
     assert text.startswith("Ended by an error.") and "ValueError: xxx" in text
+
+
+def test_the_hint_is_told_behind_the_line(record: RunRecord, given: dict[str, Any]) -> None:
+    label = {"set": {"fit_aware": True}, "label": "Turn Fit-aware on"}
+    hint = {
+        "code": "FITS_BUT_MOVED",
+        "sentence": "It fits, but was moved: 3.00 s a run.",
+        "saving_s": 3.0,
+        "action": label,
+    }
+    report = build_report(record, **given)
+    lines = report_text({**report, "hints": [hint, hint], "hint_note": "not told beside a hint"}).splitlines()
+    assert lines[1].startswith("Time ")
+    assert lines[2] == "Hint: It fits, but was moved: 3.00 s a run. Turn Fit-aware on."
+    assert sum("Hint:" in text or "Note:" in text for text in lines) == 1
+    assert hint_lines({"hints": [{**hint, "action": None}]}) == ["Hint: It fits, but was moved: 3.00 s a run."]
+
+
+def test_a_note_says_why_there_is_no_hint(record: RunRecord, given: dict[str, Any]) -> None:
+    text = report_text({**build_report(record, **given), "hint_note": "The decode needed the room."})
+    assert text.splitlines()[2] == "Note: The decode needed the room."
+    for silent in ({}, {"hints": [], "hint_note": None}, {"hints": None}):
+        assert hint_lines(silent) == []
+
+
+def test_a_long_hint_does_not_crowd_the_rest_out(record: RunRecord, given: dict[str, Any]) -> None:
+    hint = {"code": "X", "sentence": "y" * 2000, "saving_s": 1.0, "action": None}
+    text = report_text({**build_report(record, **given), "hints": [hint]})
+    assert len(text) <= 1024 and "Moved: 3 copies" in text
+
+
+def test_shares_of_the_card_and_of_ram() -> None:
+    assert [percent(part, whole) for part, whole in ((46, 100), (0, 100), (1, 1000), (5, 1000), (3, 2))] == [
+        "46%",
+        "0%",
+        "<1%",
+        "<1%",
+        "150%",
+    ]
+    assert percent(None, 5) == percent(5, None) == percent(5, 0) == ""
+
+
+def test_shares_give_way_where_the_line_is_long(clock: Any, ledger: Ledger, given: dict[str, Any]) -> None:
+    ledger.open_run()
+    for category in ("encode", "denoise", "decode", "preview", "onload", "evict", "other"):
+        ledger.begin(category)  # type: ignore[arg-type]
+        clock.tick(12345.0)
+    report = build_report(ledger.close_run(), **given)
+    assert len(line(report)) <= 200 and "%" not in line(report)
+    assert line(report).endswith("of 16.0 GiB, high 12.8 | RAM 15.7 GiB")
