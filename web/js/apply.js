@@ -100,12 +100,15 @@ function throughLink(link, path, node) {
 /** @param {any} node @param {any[]} path */
 const graphOf = (node, path) => (path.length ? path[path.length - 1].subgraph : node.graph);
 
-/** The link that ends in this input, or null; a link that cannot be found still supplies the value. @param {any} node @param {number} slot @param {any[]} path */
+/**
+ * The link that ends in this input, or null. Looked for among the graph's links: a subgraph node answers getInputLink
+ * for its outputs, and inputs may not be asked for their link on newer front ends.
+ * @param {any} node @param {number} slot @param {any[]} path
+ */
 function linkTo(node, slot, path) {
-  if (typeof node.getInputLink === "function") return node.getInputLink(slot) ?? null;
-  const id = node.inputs[slot].link;
-  const graph = graphOf(node, path);
-  return id == null ? null : (graph?.links?.get?.(id) ?? graph?.links?.[id] ?? {});
+  const links = graphOf(node, path)?._links ?? graphOf(node, path)?.links;
+  const all = typeof links?.values === "function" ? [...links.values()] : Object.values(links ?? {});
+  return all.find((link) => String(link?.target_id) === String(node.id) && Number(link.target_slot) === slot) ?? null;
 }
 
 /** @param {any} graph @param {any} link @returns {string} */
@@ -117,8 +120,8 @@ function originOf(graph, link) {
 /** @param {any} input @returns {string} */
 const nameOf = (input) => String(input?.widget?.name ?? input?.name ?? "");
 
-/** @param {any} node @returns {string} */
-const titleOf = (node) => `"${String(node.title ?? node.type ?? "node").slice(0, 60)}" (#${node.id})`;
+/** @param {any} node @param {string} [id] its execution id @returns {string} */
+const titleOf = (node, id = node.id) => `"${String(node.title ?? node.type ?? "node").slice(0, 60)}" (#${id})`;
 
 /**
  * Whether the widgets of a node spell this policy; inputs that links supply are not known and say nothing.
@@ -201,7 +204,7 @@ export function applyHint(host, hint, report) {
   const { nodes, changed } = meant(all, report?.policy);
   if (!nodes.length) return no(nobody(all.length, set));
   const { changes, refused } = plan(nodes, set);
-  const where = nodes.map(({ node }) => titleOf(node)).join(", ");
+  const where = nodes.map(({ node, id }) => titleOf(node, id)).join(", ");
   if (refused.length) return no(`Nothing was changed: ${refused.join("; ")}. Set ${whatToSet(set)} there.`);
   const open = changes.filter(({ place, value }) => place.widget.value !== value);
   if (!open.length) return no(`${where} already has ${whatToSet(set)}. The next run uses it.`);
@@ -235,11 +238,11 @@ function plan(nodes, set) {
     for (const [field, wanted] of Object.entries(set)) {
       const label = LABELS.get(field) ?? field;
       const place = placeOf(found, field);
-      if (!place) refused.push(`${titleOf(found.node)} has no input ${label}`);
-      else if (typeof place === "string") refused.push(`${label} of ${titleOf(found.node)} comes from ${place}`);
+      if (!place) refused.push(`${titleOf(found.node, found.id)} has no input ${label}`);
+      else if (typeof place === "string") refused.push(`${label} of ${titleOf(found.node, found.id)} comes from ${place}`);
       else {
         const value = asWidget(place.widget, wanted);
-        if (value === undefined) refused.push(`${label} of ${titleOf(found.node)} cannot be ${shown(wanted)}`);
+        if (value === undefined) refused.push(`${label} of ${titleOf(found.node, found.id)} cannot be ${shown(wanted)}`);
         else changes.set(place.widget, { place, value });
       }
     }

@@ -25,11 +25,11 @@ function hostOf(root) {
 
 /** An Offload Policy inside a subgraph whose `fit_aware` is an input of the subgraph node "3". */
 function nested() {
-  const inner = policyNode(7, {}, { inputs: [{ name: "fit_aware", widget: { name: "fit_aware" }, link: 5 }] });
-  const subgraph = { nodes: [inner], links: new Map([[5, { origin_id: -10, origin_slot: 0, target_id: 7 }]]) };
+  const inner = policyNode(7, {}, { inputs: [{ name: "fit_aware", widget: { name: "fit_aware" } }] });
+  const subgraph = { nodes: [inner], links: new Map([[5, { origin_id: -10, origin_slot: 0, target_id: 7, target_slot: 0 }]]) };
   const widget = { name: "fit_aware", value: false, options: {} };
   const outer = { id: 3, type: "uuid", title: "Group", mode: 0, subgraph, widgets: [widget] };
-  outer.inputs = [{ name: "fit_aware", widget: { name: "fit_aware" }, link: null }];
+  outer.inputs = [{ name: "fit_aware", widget: { name: "fit_aware" } }];
   return { root: { nodes: [outer] }, inner, outer, widget };
 }
 
@@ -94,14 +94,13 @@ test("inside a subgraph the value is set where it lives: on the widget that the 
 
 test("a subgraph input that is itself linked, in the root graph, belongs to the node behind it", () => {
   const { root, outer, inner } = nested();
-  outer.inputs[0].link = 8;
   root.nodes.push({ id: 4, type: "PrimitiveBoolean", title: "Switch", widgets: [] });
-  root.links = { 8: { origin_id: 4, origin_slot: 0 } };
+  root.links = { 8: { origin_id: 4, origin_slot: 0, target_id: 3, target_slot: 0 } };
   outer.graph = root;
   const host = hostOf(root);
   const out = applyHint(host, hint({ fit_aware: true, mode: "none" }), { policy: POLICY });
   assert.equal(out.done, false);
-  assert.match(out.text, /Fit-aware of "Offload Policy" \(#7\) comes from "Switch" \(#4\)/);
+  assert.match(out.text, /Fit-aware of "Offload Policy" \(#3:7\) comes from "Switch" \(#4\)/);
   assert.equal(value(inner, "mode"), "auto", "half of a hint is not applied");
   assert.equal(host.steps, 0);
 });
