@@ -21,6 +21,7 @@ from ..policy import Machine, OffloadPolicy
 from ..report import build_report, derive_verdict
 from ..session import Session
 from ..summary import TEXT_MAX, line, report_text
+from ..timers import timers
 from . import comfyui_host
 from .comfyui_runs_host import Ending, partly_loaded
 from .comfyui_runs_nodes import place_steps
@@ -124,7 +125,7 @@ class RunReport:
             report["by_component"] = []
             unknown |= {"fits", *(f"totals.{name}" for name in (*_MOVES, *_MOVE_TIMES))}
         report["unknown"] = sorted(unknown)
-        report["line"] = line(report)
+        report |= {"line": line(report), "timers": timers(report)}
         return report
 
     def amended(self, ending: Ending) -> RunReport:

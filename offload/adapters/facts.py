@@ -18,6 +18,7 @@ from ..policy import Machine
 from ..report import build_report
 from ..session import Session
 from ..summary import line
+from ..timers import timers
 from ..version import version
 from .hinting import Advice
 
@@ -77,7 +78,7 @@ class RunFacts:
             full=full,
             lists=lists,
         )
-        return report | {"line": line(report)}
+        return report | {"line": line(report), "timers": timers(report)}
 
     def advised(self, session: Session, advice: Advice) -> RunFacts:
         """The same run, compared with those before it."""
