@@ -4,7 +4,7 @@
  *
  * Colours are Okabe and Ito's, which stay apart for colour-blind people; a pattern and a text say the same again.
  */
-import { cssColor, luminance, over, parseColor, readable } from "./color.js";
+import { contrast, cssColor, luminance, mix, over, parseColor, readable } from "./color.js";
 
 /** @typedef {import("./color.js").Rgba} Rgba */
 /** @typedef {"solid" | "hatch" | "back" | "dots" | "cross" | "dotted" | "empty" | "unknown"} Fill */
@@ -115,17 +115,27 @@ export function themeOn(background, host = {}) {
     return cssColor(over([red, green, blue, alpha], bg));
   };
   const text = at(host.text, dark ? "#dddddd" : "#222222", 4.5);
+  const muted = at(host.muted, dark ? "#a8a8a8" : "#555555", 4.5);
+  /** A surface that texts lie on: as near to the background as they need it. */
+  const surface = (/** @type {Rgba} */ color) => {
+    for (let share = 0; share < 1; share += 0.2) {
+      const tried = mix(color, bg, share);
+      if ([text, muted].every((ink) => contrast(parse(ink), tried) >= 4.55)) return cssColor(tried);
+    }
+    return cssColor(bg);
+  };
+  const faint = parse(soft(text, 0.08));
   const raised = parseColor(host.raised);
   return {
     dark,
     still: host.still ?? false,
     bg: cssColor(bg),
     text,
-    muted: at(host.muted, dark ? "#a8a8a8" : "#555555", 4.5),
+    muted,
     border: at(host.border, dark ? "#6e6e6e" : "#888888", 3),
     grid: soft(text, 0.14),
-    raised: raised ? cssColor(over(raised, bg)) : soft(text, 0.08),
-    band: soft(text, 0.08),
+    raised: surface(raised ? over(raised, bg) : faint),
+    band: surface(faint),
     weights: at(set.weights, set.weights, 3),
     activations: at(set.activations, set.activations, 3),
     others: at(set.others, set.others, 3),

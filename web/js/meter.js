@@ -15,6 +15,7 @@ import { barOf, known } from "./scale.js";
 /** @typedef {import("./scale.js").Bar} Bar */
 
 const KEYS = /** @type {const} */ (["weights", "activations", "unknown", "others", "free"]);
+const UNACCOUNTED = "not accounted for";
 const LANE = 14;
 /** Room for a mark's triangle, between its label and the bar. */
 const GLYPH = 6;
@@ -193,7 +194,7 @@ function legendOf(drawn) {
     .filter((part) => part.key !== "unknown" || part.to > part.from)
     .map((part) => ({
       key: part.key,
-      title: part.key === "unknown" ? "not accounted for" : PARTS[part.key].title,
+      title: part.key === "unknown" ? UNACCOUNTED : PARTS[part.key].title,
       short: SHORT[part.key],
       fill: PARTS[part.key].fill,
       figure: bytes(part.bytes),
@@ -205,14 +206,25 @@ function legendOf(drawn) {
 const SHORT = { activations: "activations", others: "others", unknown: "unknown" };
 
 /**
+ * The bar in words, whole.
+ * @param {Bar} drawn
+ * @returns {string}
+ */
+export function spokenOf(drawn) {
+  const parts = drawn.parts
+    .filter((part) => part.key !== "unknown" || part.bytes !== null)
+    .map((part) => `${part.key === "unknown" ? UNACCOUNTED : PARTS[part.key].title} ${bytes(part.bytes)}`);
+  const marks = drawn.marks.map((mark) => `${mark.key}${mark.key === "peak" ? "" : " mark"} ${bytes(mark.bytes)}`);
+  return `${pair(drawn.used, drawn.total)} in use: ${[parts.join(", "), ...marks].join("; ")}`;
+}
+
+/**
  * @param {HTMLElement} gauge
  * @param {string} label
  * @param {Bar} drawn
  */
 function speak(gauge, label, drawn) {
-  const parts = drawn.parts.map((part) => `${part.key === "unknown" ? "not accounted for" : PARTS[part.key].title} ${bytes(part.bytes)}`);
-  const marks = drawn.marks.map((mark) => `${mark.key}${mark.key === "peak" ? "" : " mark"} ${bytes(mark.bytes)}`);
-  const text = `${pair(drawn.used, drawn.total)} in use: ${parts.join(", ")}${marks.length ? `; ${marks.join(", ")}` : ""}`;
+  const text = spokenOf(drawn);
   const exact = drawn.used !== null;
   // A meter must have a number; what has none is a picture with a text.
   setAttr(gauge, "role", exact ? "meter" : "img");

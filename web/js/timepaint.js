@@ -95,7 +95,7 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
   glyphs(ctx, theme, spots, frame);
   ctx.restore();
   times(ctx, theme, frame, view, width, height);
-  if (!frame.left) for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
+  if (!frame.left && model.total === null) for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
   return spots;
 }
 
