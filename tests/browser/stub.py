@@ -41,40 +41,17 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 if __package__:
-    from . import canned, nodes_info
+    from . import canned, fixed, nodes_info, player
 else:  # run as a script
     import canned
+    import fixed
     import nodes_info
+    import player
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = "/extensions/balanced_offload"
 ASKED_S = 30.0
 KEPT = 64
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Workflow.Persist": False,
-    "Comfy.Workflow.ShowMissingModelsWarning": False,
-    "Comfy.Notification.ShowVersionUpdates": False,
-    "Comfy.Minimap.Visible": False,
-    "Comfy.Graph.CanvasInfo": False,
-}
-FIXED: dict[str, Any] = {
-    "/users": {"storage": "server", "migrated": True},
-    "/queue": {"queue_running": [], "queue_pending": []},
-    "/jobs": {"jobs": [], "pagination": {"offset": 0, "limit": 200, "total": 0, "has_more": False}},
-    "/system_stats": {
-        "system": {
-            **{"os": "linux", "ram_total": 64 << 30, "ram_free": 48 << 30, "comfyui_version": "0.33.0"},
-            **{"python_version": "3.12", "pytorch_version": "2.13.0", "embedded_python": False, "argv": []},
-            "installed_templates_version": None,
-        },
-        "devices": [],
-    },
-    **dict.fromkeys(("/experiment/models", "/embeddings", "/userdata", "/v2/userdata", "/assets"), []),
-    **dict.fromkeys(("/features", "/global_subgraphs", "/workflow_templates", "/history", "/node_replacements"), {}),
-    "/history_v2": {"history": []},
-    "/prompt": {"exec_info": {"queue_remaining": 0}},
-}
 
 
 class Stub:
@@ -82,7 +59,7 @@ class Stub:
 
     def __init__(self, frontend: Path, port: int = 0) -> None:
         self.frontend, self.port = frontend, port
-        self.settings: dict[str, Any] = dict(SETTINGS)
+        self.settings: dict[str, Any] = dict(fixed.SETTINGS)
         self.reports: dict[str, Any] = {}
         self.answers: dict[str, Any] = {}
         self.status: dict[str, Any] = {"pack": "0.1.0", "live": [], "off": {}}
@@ -94,7 +71,7 @@ class Stub:
         self._until: dict[str, float] = {}
         self._pages: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._running: dict[str, str] = {}
+        self._players: list[player.Player] = []
         self._interrupt = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -146,16 +123,24 @@ class Stub:
 
     def running(self) -> bool:
         """Whether a prompt is being played."""
-        return bool(self._running)
+        return bool(self._players)
+
+    def reset(self) -> None:
+        """As a new stub, but for its settings and the pages that are open."""
+        for kept in (self.reports, self.answers, self.prompts, self.asked):
+            kept.clear()
+        self.make_report = self._usual_report
+        self.steps, self.delay = 20, 0.02
+        self._loop.call_soon_threadsafe(self._interrupt.set)
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
     # ------------------------------------------------------------------ the server
     async def _main(self) -> None:
-        runner = web.AppRunner(self._app(), access_log=None)
+        runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=0.2)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port, shutdown_timeout=0.2)
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
         self._ready.set()
@@ -169,7 +154,7 @@ class Stub:
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 26, middlewares=[self._middleware])
         get: dict[str, Any] = {
-            **{path: self._fixed(body) for path, body in FIXED.items()},
+            **{path: self._fixed(body) for path, body in fixed.FIXED.items()},
             "/object_info": self._fixed(nodes_info.object_info()),
             "/i18n": self._fixed(nodes_info.translations()),
             "/extensions": self._extensions,
@@ -195,8 +180,8 @@ class Stub:
             for path, handler in post.items():
                 app.router.add_post(prefix + path, _as_handler(handler))
             app.router.add_static(prefix + EXTENSION, ROOT / "web")
-        app.router.add_get("/", lambda request: _file(self.frontend / "index.html"))
-        app.router.add_static("/", self.frontend)
+        app.router.add_get("/plain", _as_handler(self._plain))
+        app.router.add_get("/{file:.*}", _as_handler(self._static))
         return app
 
     @web.middleware
@@ -226,6 +211,19 @@ class Stub:
     def _extensions(self, request: web.Request) -> web.Response:
         files = sorted((ROOT / "web").rglob("*.js"))
         return self._json([f"{EXTENSION}/{file.relative_to(ROOT / 'web').as_posix()}" for file in files])
+
+    def _plain(self, request: web.Request) -> web.Response:
+        theme = "light" if request.query.get("theme") == "light" else "dark"
+        return web.Response(text=fixed.plain(theme), content_type="text/html")
+
+    def _static(self, request: web.Request) -> web.StreamResponse:
+        """A file of the front end that is set now; nothing outside its folder."""
+        path = (self.frontend / (request.match_info["file"] or "index.html")).resolve()
+        if not path.is_relative_to(self.frontend.resolve()) or not path.is_file():
+            return web.Response(status=404)
+        return web.FileResponse(
+            path, headers={"Cache-Control": "max-age=3600" if path.suffix != ".html" else "no-store"}
+        )
 
     async def _set_settings(self, request: web.Request) -> web.Response:
         self.settings.update(await request.json())
@@ -280,8 +278,9 @@ class Stub:
         client = request.query.get("clientId") or uuid.uuid4().hex
         self._sockets[client] = socket
         await self._send("status", {"status": {"exec_info": {"queue_remaining": 0}}, "sid": client}, client)
-        for prompt_id, node in self._running.items():  # a page that comes back finds its run
-            await self._send("executing", {"node": node, "display_node": node, "prompt_id": prompt_id}, client)
+        for playing in self._players:  # a page that comes back finds its run
+            node = playing.node
+            await self._send("executing", {"node": node, "display_node": node, "prompt_id": playing.prompt_id}, client)
         async for message in socket:
             if message.type == WSMsgType.TEXT and '"feature_flags"' in message.data:
                 await self._send("feature_flags", {"supports_preview_metadata": True}, client)
@@ -313,60 +312,32 @@ class Stub:
         self._interrupt.set()
         return self._json({})
 
-    def _usual_report(self, prompt_id: str, prompt: dict[str, Any]) -> dict[str, Any]:
-        """The canned report on the ids of this graph's own nodes."""
-
-        def first(kind: str, usual: str) -> str:
-            return next((key for key, node in prompt.items() if node.get("class_type") == kind), usual)
-
-        nodes = (first("CLIPTextEncode", "6"), first("KSampler", "3"), first("VAEDecode", "8"))
-        return canned.report(prompt_id, nodes=nodes, steps=self.steps)
-
     async def _play(self, prompt_id: str, prompt: dict[str, Any], client: str | None) -> None:
-        """The events of one prompt in a host's order. `client` None: as of a page that is gone."""
+        """`client` None: as of a page that is gone."""
         to = client or ""
+
+        async def send(event: str, data: Any) -> None:
+            await self._send(event, data, to)
+
+        async def telemetry(data: Any) -> None:
+            for name in self.subscribed():
+                await self._send("offload.telemetry", data, name)
+
         self._interrupt.clear()
+        playing = player.Player(prompt_id, prompt, send, telemetry)
+        self._players.append(playing)
         await self._send("status", {"status": {"exec_info": {"queue_remaining": 1}}}, None)
-        base = {"prompt_id": prompt_id}
-        await self._send("execution_start", {**base, "timestamp": int(time.time() * 1e3)}, to)
-        await self._send("execution_cached", {"nodes": [], **base}, to)
-        for node, described in prompt.items():
-            self._running[prompt_id] = node
-            await self._send("executing", {"node": node, "display_node": node, **base}, to)
-            kind = described.get("class_type")
-            for step in range(1, self.steps + 1) if kind == "KSampler" else ():
-                await self._send("progress", {"value": step, "max": self.steps, "node": node, **base}, to)
-                await self._telemetry(prompt_id, node, step)
-                await asyncio.sleep(self.delay)
-                if self._interrupt.is_set():
-                    break
-            if self._interrupt.is_set():
-                break
-            if kind in ("SaveImage", "PreviewAny", "VRAMReport"):
-                await self._executed(prompt_id, node, kind, prompt, to)
-            await asyncio.sleep(self.delay)
-        stopped = self._interrupt.is_set()
-        self._running.pop(prompt_id, None)
-        await self._send("execution_interrupted" if stopped else "execution_success", base, to)
-        await self._send("executing", {"node": None, **base}, to)
-        await self._ended(self.add_run(self.make_report(prompt_id, prompt)), to)
+        try:
+            report = await playing.play(self.steps, self.delay, self._interrupt, self.make_report)
+        finally:
+            self._players.remove(playing)
+        row = canned.row(self.add_run(report))
+        for name in {to, *self.subscribed()}:
+            await self._send("offload.report", row, name)
         await self._send("status", {"status": {"exec_info": {"queue_remaining": 0}}}, None)
 
-    async def _telemetry(self, prompt_id: str, node: str, step: int) -> None:
-        t = 1.5 + 0.22 * step
-        for client in self.subscribed():
-            await self._send("offload.telemetry", canned.telemetry(prompt_id, node, step, self.steps, t), client)
-
-    async def _executed(self, prompt_id: str, node: str, kind: str, prompt: dict[str, Any], to: str) -> None:
-        output: dict[str, Any] = {"text": ["So far: 1.5 s"]}
-        if kind == "VRAMReport":
-            output["vram_report"] = [self.make_report(prompt_id, prompt)]
-        await self._send("executed", {"node": node, "display_node": node, "output": output, "prompt_id": prompt_id}, to)
-
-    async def _ended(self, report: dict[str, Any], to: str) -> None:
-        row = canned.row(report)
-        for client in {to, *self.subscribed()}:
-            await self._send("offload.report", row, client)
+    def _usual_report(self, prompt_id: str, prompt: dict[str, Any]) -> dict[str, Any]:
+        return player.usual_report(prompt_id, prompt, self.steps)
 
 
 def _as_handler(handler: Any) -> Any:
@@ -378,10 +349,6 @@ def _as_handler(handler: Any) -> Any:
         return found
 
     return handle
-
-
-async def _file(path: Path) -> web.FileResponse:
-    return web.FileResponse(path)
 
 
 def main(arguments: list[str]) -> int:
