@@ -248,6 +248,10 @@ function focusPanel(tries) {
     const first = mounted?.place.querySelector("select:enabled, button:enabled, [tabindex='0']");
     if (first?.offsetParent) first.focus({ preventScroll: true });
     else if (tries > 0) focusPanel(tries - 1);
+    else if (!mounted?.place.isConnected && panelShown()) {
+      manager()?.bottomPanel?.toggleBottomPanelTab?.(TAB);
+      host.toast("info", "This menu has no bottom panel for Offload. Settings, Use new menu: Top brings it back.");
+    }
   });
 }
 

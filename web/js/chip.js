@@ -65,6 +65,7 @@ export function makeChip(host, store, { open, heard, drawn = () => {} }) {
   function measure({ used, total }) {
     const measured = used !== null && total !== null && total > 0;
     meter.hidden = !measured;
+    element.dataset.measured = String(measured);
     const share = measured ? Math.min(1, used / total) : 0;
     bar.style.transform = `scaleX(${share.toFixed(4)})`;
     setAttr(meter, "role", measured ? "meter" : null);
