@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from balanced_offload.offload.policy import OffloadPolicy
 from balanced_offload.offload.report import build_report
 
 from .hint_cases import GIB, UNET, evicted, gib, report, row, runs, seed, streaming
+
+SEEING = (Path(__file__).parents[2] / "docs" / "seeing.md").read_text(encoding="utf-8")
 
 
 def hint_of(*reports: dict[str, Any]) -> Hint:
@@ -41,6 +44,7 @@ def test_the_second_seed_gets_its_sentence() -> None:
         "saving_s": 3.0,
         "action": {"set": {"fit_aware": True}, "label": "Turn Fit-aware on"},
     }
+    assert f"> {hint.sentence}\n" in SEEING
 
 
 def test_its_action_is_a_policy_that_stays_put() -> None:
@@ -69,6 +73,7 @@ def test_a_stage_that_is_large_for_the_card_keeps_its_room() -> None:
         "UNet2DConditionModel (4.8 GiB) was moved out and in again (1.69 s), and the decode of this run needed the "
         "room: it took 22.0 GiB, which with the other weights (6.2 GiB) is more than the 25.6 GiB available."
     )
+    assert f"> {found.note}\n" in SEEING
 
 
 @pytest.mark.parametrize(("peak", "told"), [(25.6 - 4.75, True), (25.6 - 4.75 + 0.01, False)])
