@@ -210,7 +210,7 @@ def _row(row: Mapping[str, Any]) -> Row | None:
 
 def _stage(row: Mapping[str, Any]) -> Stage | None:
     name, component = _text(row.get("name")), _text(row.get("component"))
-    if name is None or component is None or row.get("aggregated"):
+    if name is None or component is None:
         return None
     times = seconds_of(row.get("t0")), seconds_of(row.get("t1"))
     return Stage(name, tuple(component.split("+")), *times, _bytes(row.get("need")), _bytes(row.get("peak")))

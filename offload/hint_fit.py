@@ -34,14 +34,14 @@ def everything_fits(run: Digest) -> bool:
         return False
     if run.weights + run.activations > run.available:
         return False
-    rooms = [_room(run, stage) for stage in decodes(run)]
+    rooms = [_room(run, stage) for stage in _to_check(run)]
     return all(room is not None and room.spared(run.available) for room in rooms)
 
 
 def spare(run: Digest) -> int:
     """Bytes that were available beyond all weights and the largest activations; `everything_fits` holds."""
     assert run.weights is not None and run.activations is not None and run.available is not None
-    rooms = [room for stage in decodes(run) if (room := _room(run, stage)) is not None]
+    rooms = [room for stage in _to_check(run) if (room := _room(run, stage)) is not None]
     need = max([run.weights + run.activations, *(room.most + room.others for room in rooms)])
     return max(0, run.available - need)
 
@@ -50,13 +50,18 @@ def decode_needed(run: Digest) -> Room | None:
     """The decode that needed the room which the other weights would have taken; None where none certainly did."""
     if run.available is None:
         return None
-    rooms = [room for stage in decodes(run) if (room := _room(run, stage)) is not None]
+    rooms = [room for stage in _to_check(run) if (room := _room(run, stage)) is not None]
     needed = [room for room in rooms if room.needed(run.available)]
     return max(needed, key=lambda room: room.least + room.others, default=None)
 
 
 def decodes(run: Digest) -> list[Stage]:
     return [stage for stage in run.stages if stage.name == "decode"]
+
+
+def _to_check(run: Digest) -> list[Stage]:
+    """The decodes, and what a long run's stages were put together to: decodes may be among them."""
+    return [stage for stage in run.stages if stage.name in ("decode", "several")]
 
 
 def _room(run: Digest, stage: Stage) -> Room | None:
@@ -72,7 +77,7 @@ def _room(run: Digest, stage: Stage) -> Room | None:
     if stage.peak is None:  # what it was expected to need, with as much of its weights as was missing
         return None if stage.need is None else Room(stage.need, stage.need + own, total)
     left = [row.left for row in others]
-    if stage is run.stages[-1] and None not in left:
+    if stage is run.stages[-1] and stage.name == "decode" and None not in left:
         beside = sum(nbytes for nbytes in left if nbytes is not None)
         exact = max(0, stage.peak - beside)
         return Room(exact, exact, total)

@@ -91,6 +91,14 @@ def test_where_what_else_was_there_is_not_known_nothing_is_claimed() -> None:
     assert find(*runs(*[seed(stages=[*report()["stages"][:2], decode, after])] * 2)) == Found()
 
 
+def test_stages_that_were_put_together_may_hold_a_decode() -> None:
+    """A run of thousands of stages: of the last ones only the highest peak is known."""
+    several = {"name": "several", "component": "several", "t0": 13.0, "t1": 13.4, "peak": gib(19.1), "aggregated": True}
+    hint_of(*[seed(stages=[*report()["stages"], several])] * 2)
+    several["peak"] = gib(19.2)  # beside it all weights, 6.5 GiB, could not have stayed
+    assert find(*runs(*[seed(stages=[*report()["stages"], several])] * 2)) == Found()
+
+
 def test_an_eviction_for_the_decode_s_need_is_explained() -> None:
     run = seed({"mode": "balanced"}, reason="need")
     run["by_component"][1]["avoidable_bytes"] = 0
