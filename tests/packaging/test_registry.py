@@ -83,7 +83,7 @@ def test_the_pack_is_whole(shipped_files: list[str], root: Path) -> None:
 def test_nothing_of_the_development_is_in_it(shipped_files: list[str], root: Path) -> None:
     parts = {part for name in shipped_files for part in Path(name).parts}
     assert parts & {"tests", "simulator", ".ci", "run.py", "shared", "notes", "images", "__pycache__"} == set()
-    allowed = {"md", "py", "json", "txt", "toml", "js", "jpg", "safetensors", "comfyignore", "LICENSE"}
+    allowed = {"md", "py", "json", "txt", "toml", "js", "css", "jpg", "safetensors", "comfyignore", "LICENSE"}
     assert {name.rsplit(".", 1)[-1] for name in shipped_files} <= allowed
     assert sum((root / name).stat().st_size for name in shipped_files) < MOST_BYTES
 
