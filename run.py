@@ -10,6 +10,10 @@ Where there is a ComfyUI (COMFYUI_PATH, and an older one in COMFYUI_PATH_OLD; el
 ~/comfy/ComfyUI), its tests run once for each, in a process and an environment of their own: `.venv-host` is `.venv` and
 the host's requirements (BALANCED_OFFLOAD_HOST_PYTHON names a Python that has all of them already). Without one they
 are skipped, and the last line says so.
+
+Browser tests need a Chromium on the path. The front ends that they run in come from PyPI into `.frontends`
+(BALANCED_OFFLOAD_FRONTENDS names a folder that has them); the tools of `tests/browser/package.json` come by npm, where
+there is one. What cannot be had is no failure: the tests that need it skip with the reason.
 Standard library only: it runs before anything is installed.
 """
 
@@ -19,9 +23,11 @@ import hashlib
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -32,6 +38,7 @@ TORCH_FALLBACK = "torch>=2.7"
 EXTRAS = {"demo": "demo", "test": "dev"}
 HOST_TESTS = "tests/host"
 HOST_EXTRA = "host"
+BROWSER_TESTS = "tests/browser"
 NOTHING_RAN = 5
 """pytest's exit code when the arguments selected no test."""
 
@@ -113,13 +120,39 @@ def run(*command: str) -> int:
     return subprocess.run([str(venv_python()), "-m", *command], cwd=ROOT).returncode
 
 
+def load(path: str) -> ModuleType:
+    """A file of the tests that says where things are."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------- the browser's tests
+def set_up_browser() -> None:
+    """The front ends and Node's tools, each fetched once; what cannot be had is said and left out."""
+    places = load(f"{BROWSER_TESTS}/places.py")
+    for version in places.FRONTENDS:
+        if (places.frontend(version) / "index.html").is_file() or places.named():
+            continue
+        target = str(places.folder() / version)
+        say(f"fetching the front end {version} for the browser tests")
+        if not pip("-q", "--no-deps", "--target", target, f"{places.PACKAGE}=={version}"):
+            say(f"front end {version} could not be fetched; the tests that need it will skip and say so")
+    npm = shutil.which("npm")
+    if npm is None or places.NODE_TOOLS.is_dir():
+        return
+    command = [npm, "install", "--no-save", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
+    say(f"{' '.join(['npm', *command[1:]])}, in {BROWSER_TESTS}")
+    if subprocess.run(command, cwd=ROOT / BROWSER_TESTS).returncode != 0:
+        say("npm failed; the tests that need its tools will skip and say so")
+
+
 # ---------------------------------------------------------------------- the host's tests
 def hosts() -> tuple[list[Path], str]:
     """The ComfyUI checkouts to test against, and a sentence: where the first was found, or why there is none."""
-    spec = importlib.util.spec_from_file_location("host_places", Path(__file__).parent / HOST_TESTS / "hosts.py")
-    assert spec is not None and spec.loader is not None
-    places = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(places)
+    places = load(f"{HOST_TESTS}/hosts.py")
     found: tuple[list[Path], str] = places.all_hosts(ROOT, os.environ, Path.home())
     return found
 
@@ -176,14 +209,17 @@ def test(arguments: list[str]) -> int:
     """Every check, one failure hiding no other; what became of the host's tests is in the last line."""
     found, reason = hosts()
     apart = bool(found) and not name_files(arguments)
+    set_up_browser()
     told = VENV / "host-tests.txt"  # tests/conftest.py writes a line into it
     told.unlink(missing_ok=True)
     os.environ["BALANCED_OFFLOAD_HOST_TESTS_TOLD"] = str(told)
+    # loadgroup: the files of the browser tests share pages, and each stays with one worker
+    workers = ("-n", "2", "--dist", "loadgroup")
     results = {
         "ruff check": run("ruff", "check", "."),
         "ruff format": run("ruff", "format", "--check", "."),
         "mypy": run("mypy"),
-        "pytest": run("pytest", "-n", "2", *([f"--ignore={HOST_TESTS}"] if apart else []), *arguments),
+        "pytest": run("pytest", *workers, *([f"--ignore={HOST_TESTS}"] if apart else []), *arguments),
     }
     python = set_up_host() if apart else None
     if apart and python is None:

@@ -33,10 +33,14 @@ class Where(NamedTuple):
 WHERES = tuple(Where(frontend, vue) for frontend in FRONTENDS for vue in (False, True))
 
 
+def named() -> str | None:
+    """The folder that the user named; nothing is fetched into it."""
+    return os.environ.get("BALANCED_OFFLOAD_FRONTENDS") or None
+
+
 def folder() -> Path:
     """Where the front ends lie, one subfolder for each version."""
-    named = os.environ.get("BALANCED_OFFLOAD_FRONTENDS")
-    return Path(named) if named else ROOT / ".frontends"
+    return Path(named() or ROOT / ".frontends")
 
 
 def frontend(version: str) -> Path:
@@ -65,6 +69,11 @@ def why_not(version: str | None = None) -> str | None:
 def no_node() -> str | None:
     """Why no test by Node can run here."""
     return None if shutil.which("node") else "needs Node.js (node) on the path"
+
+
+def quiet_node() -> dict[str, str]:
+    """The environment for a Node process: what pytest's own workers are told about tests is not for it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("NODE_")}
 
 
 def no_tool(name: str) -> str | None:

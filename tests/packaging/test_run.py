@@ -129,6 +129,7 @@ class Ran:
         script.VENV.mkdir(exist_ok=True)
         reason = "~/comfy/ComfyUI is there" if hosts else "no ComfyUI found: nowhere"
         monkeypatch.setattr(script, "set_up", lambda command: None)
+        monkeypatch.setattr(script, "set_up_browser", lambda: None)
         monkeypatch.setattr(script, "hosts", lambda: (hosts, reason))
         monkeypatch.setattr(script, "set_up_host", lambda: None if codes.get("pip") else script.ROOT / "python")
         monkeypatch.setattr(script, "run", self.run)
@@ -201,6 +202,69 @@ def test_named_files_run_in_one_process(script: ModuleType, monkeypatch: pytest.
     ran = Ran(script, monkeypatch, [Path("new")])
     script.main(["test", "tests::test_x", "-x"])
     assert ran.with_host == [] and ran.commands[-1][-2:] == ("tests::test_x", "-x")
+
+
+class Fetched:
+    """What the browser tests' set-up would have fetched. `at`: a folder of front ends; npm: whether there is one."""
+
+    def __init__(self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, at: Path, npm: bool, works: bool) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.works = works
+        places = script.load("tests/browser/places.py")
+        monkeypatch.setattr(places, "ROOT", at)
+        monkeypatch.setattr(places, "NODE_TOOLS", at / "node_modules")
+        monkeypatch.delenv("BALANCED_OFFLOAD_FRONTENDS", raising=False)
+        monkeypatch.setattr(script, "load", lambda path: places)
+        monkeypatch.setattr(script, "pip", self.pip)
+        monkeypatch.setattr(script.shutil, "which", lambda name: "/usr/bin/npm" if npm else None)
+        monkeypatch.setattr(script.subprocess, "run", self.process)
+
+    def pip(self, *arguments: str) -> bool:
+        self.calls.append(arguments)
+        if self.works:
+            static = Path(arguments[arguments.index("--target") + 1]) / "comfyui_frontend_package" / "static"
+            static.mkdir(parents=True)
+            (static / "index.html").touch()
+        return self.works
+
+    def process(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.calls.append(tuple(command))
+        return subprocess.CompletedProcess(command, 0 if self.works else 1)
+
+
+def test_front_ends_and_tools_are_fetched_once(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched = Fetched(script, monkeypatch, tmp_path, npm=True, works=True)
+    script.set_up_browser()
+    *front_ends, tools = fetched.calls
+    assert [call[-1] for call in front_ends] == [
+        "comfyui-frontend-package==1.49.6",
+        "comfyui-frontend-package==1.58.1",
+    ]
+    assert all("--no-deps" in call and str(tmp_path / ".frontends") in call[3] for call in front_ends)
+    assert tools[:2] == ("/usr/bin/npm", "install") and {"--no-save", "--no-package-lock"} <= set(tools)
+    (tmp_path / "node_modules").mkdir()
+    script.set_up_browser()
+    assert len(fetched.calls) == 3
+
+
+def test_what_cannot_be_fetched_is_said(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fetched(script, monkeypatch, tmp_path, npm=True, works=False)
+    script.set_up_browser()
+    said = capsys.readouterr().err
+    assert "1.49.6 could not be fetched" in said and "1.58.1 could not be fetched" in said and "npm failed" in said
+
+
+def test_nothing_is_fetched_into_a_folder_of_the_users(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched = Fetched(script, monkeypatch, tmp_path, npm=False, works=True)
+    monkeypatch.setenv("BALANCED_OFFLOAD_FRONTENDS", str(tmp_path / "mine"))
+    script.set_up_browser()
+    assert fetched.calls == []
 
 
 def test_vision_and_audio_belong_to_the_torch(script: ModuleType) -> None:
