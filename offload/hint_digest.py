@@ -89,7 +89,8 @@ class Digest:
     fits: bool = False
     vram_total: int | None = None
     ram_total: int | None = None
-    pinned_ram: int | None = None
+    pinned_ram: int | None = None  # that may be page-locked
+    pinned: int | None = None  # that is
     rows: tuple[Row, ...] = ()
     stages: tuple[Stage, ...] = ()
     step_downs: tuple[StepDown, ...] = ()
@@ -142,6 +143,7 @@ def digest(report: object) -> Digest:
         vram_total=_bytes(vram.get("total")),
         ram_total=_bytes(host.get("ram_total")),
         pinned_ram=_bytes(resolved.get("pinned_ram")),
+        pinned=_bytes(_section(top.get("ram")).get("pinned")),
         rows=rows,
         stages=tuple(found for found in map(_stage, _list(top.get("stages"))) if found is not None),
         step_downs=tuple(found for found in map(_step_down, _list(top.get("events"))) if found is not None),

@@ -288,8 +288,12 @@ def ram_pressure(now: Digest, before: Sequence[Digest]) -> Found:
 
 
 def _streams_more(run: Digest, row: Row) -> bool:
-    """The budget is what keeps it from being page-locked: with room for all of it, the cause is another."""
-    return row.weight is not None and run.pinned_ram is not None and run.pinned_ram < row.weight
+    """The budget is what keeps it from being page-locked: where it has room for what is not, the cause is another."""
+    if row.weight is None or run.pinned_ram is None or not row.blocking:
+        return False
+    if run.pinned is None or not run.steps:
+        return run.pinned_ram < row.weight
+    return run.pinned_ram - run.pinned < min(row.weight, row.blocking / run.steps)
 
 
 def _asked_for_less(run: Digest) -> bool:

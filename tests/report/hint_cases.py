@@ -155,3 +155,51 @@ def runs(*reports: dict[str, Any]) -> tuple[Digest, list[Digest]]:
     """(now, before) of reports, oldest first."""
     *before, now = map(digest, reports)
     return now, before
+
+
+def by_mode(mode: str = "sequential", blocked: float = 2.25, **written: Any) -> dict[str, Any]:
+    run = report({"mode": mode, **written}, resolved__mode=mode)
+    run["totals"] |= {"onload_s": blocked - 0.25, "stall_s": 0.25, "move_count": 9}
+    return run
+
+
+def failed(*steps: str | None, took: float = 0.5, mode: str = "balanced", **written: Any) -> dict[str, Any]:
+    """A decode that ran out of memory once per step, each try taking `took` seconds."""
+    run = report({"mode": mode, "before_decode": "keep", **written}, fits=False)
+    run["stages"] = run["stages"][:2]
+    run["events"] = [{"kind": "notice", "text": "n", "data": {}, "t": 12.0}]
+    for i, step in enumerate(steps):
+        t = 12.0 + i * took
+        run["stages"].append({"name": "decode", "component": "vae", "t0": t, "t1": t + took, "need": 0, "peak": None})
+        run["events"].append({"kind": "oom", "text": "out of memory in vae", "data": {"step": step}, "t": t + took})
+    end = 12.0 + len(steps) * took
+    run["stages"].append({"name": "decode", "component": "vae", "t0": end, "t1": 13.5, "need": 0, "peak": gib(9.0)})
+    return run
+
+
+def unpinned(**given: Any) -> dict[str, Any]:
+    """20 GiB of the UNet's 40 GiB a run come from memory that is not page-locked, at 4 GiB/s in place of 10."""
+    run = streaming(policy=OffloadPolicy(mode="balanced", pinned_ram="2GiB").to_json())
+    run["by_component"][1] |= {
+        "step_bytes": 20 * GIB,
+        "step_copy_s": 2.0,
+        "blocking_bytes": 20 * GIB,
+        "blocking_copy_s": 5.0,
+        "stall_s": 4.0,
+        **given,
+    }
+    run["resolved"] |= {"high": gib(9.6), "sources": {"high": "profile", "pinned_ram": "user"}, "pinned_ram": 2 * GIB}
+    run["ram"]["pinned"] = 2 * GIB
+    return run
+
+
+def timed(wall: float, written: dict[str, Any] | None = None, ran: tuple[str, ...] = ("3",), **given: Any) -> Any:
+    nodes = [{"id": node, "type": "KSampler", "cached": False} for node in ran]
+    nodes.append(
+        {"id": "9", "type": "VRAMReport", "cached": False} if wall % 2 else nodes[0] | {"id": "1", "cached": True}
+    )
+    return report(written, totals__wall_s=wall, nodes=nodes, world="static", **given)
+
+
+MINE = {"mode": "balanced", "high": "60%"}
+DEFAULT = {"mode": "auto", "high": "60%"}
