@@ -19,6 +19,7 @@ import { makeSurface } from "./surface.js";
 const TOP = 16;
 const BOTTOM = 17;
 const LEAST_COLUMN = 3;
+const WIDEST = 60;
 
 /**
  * Per-step bars: compute | stall | copies behind compute.
@@ -242,11 +243,12 @@ function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
     const x0 = left + bucket.from * share;
     const full = (bucket.to - bucket.from) * share;
     const gap = full > 6 ? Math.min(4, full * 0.15) : full > 3 ? 1 : 0;
-    column(ctx, steps[bucket.worst], { x: x0 + gap / 2, width: Math.min(full - gap, 60), bottom, y, theme });
+    const wide = Math.min(full - gap, WIDEST);
+    column(ctx, steps[bucket.worst], { x: x0 + (full - wide) / 2, width: wide, bottom, y, theme });
     if (chosen !== null && chosen >= bucket.first && chosen <= bucket.last) {
       ctx.strokeStyle = theme.text;
       ctx.lineWidth = 2;
-      ctx.strokeRect(x0 + 1, TOP - 2, Math.max(3, Math.min(full, 60 + gap) - 2), bottom - TOP + 3);
+      ctx.strokeRect(x0 + (full - wide) / 2 - 1, TOP - 2, wide + 2, bottom - TOP + 3);
     }
   }
   ctx.strokeStyle = theme.border;

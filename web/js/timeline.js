@@ -218,7 +218,7 @@ function summary(model, stack, events, view) {
   const marks = `high mark ${bytes(model.high)}, low mark ${bytes(model.low)}`;
   const seen = view?.zoomed ? `${seconds(view.from)} to ${seconds(view.to)} of ${seconds(model.end)}` : seconds(model.end);
   return (
-    `${seen}, at most ${bytes(stack.times.length ? stack.peak : null)} at once, ${marks}` +
+    `${seen}, highest recorded ${bytes(stack.times.length ? stack.peak : null)}, ${marks}` +
     `${out ? `, ${out} ${out === 1 ? "eviction" : "evictions"}` : ""}${ooms ? `, out of memory ${ooms} ${ooms === 1 ? "time" : "times"}` : ""}`
   );
 }
