@@ -152,12 +152,16 @@ function normal(/** @type {string} */ field, /** @type {unknown} */ value) {
 }
 
 /**
- * Which nodes a hint about this policy means: those that spell it, else the only one there is.
- * @param {Found[]} all @param {any} policy @returns {{nodes: Found[], changed: boolean}}
+ * Which nodes a hint about this policy means: those that spell it, or spell it as the hint would have it since the button
+ * was pressed before, else the only one there is.
+ * @param {Found[]} all @param {any} policy @param {Record<string, any>} [set]
+ * @returns {{nodes: Found[], changed: boolean}}
  */
-export function meant(all, policy) {
-  const equal = isRecord(policy) ? all.filter((found) => spells(found, policy)) : [];
-  if (equal.length) return { nodes: equal, changed: false };
+export function meant(all, policy, set = {}) {
+  for (const each of isRecord(policy) ? [policy, { ...policy, ...set }] : []) {
+    const equal = all.filter((found) => spells(found, each));
+    if (equal.length) return { nodes: equal, changed: false };
+  }
   return { nodes: all.length === 1 ? all : [], changed: isRecord(policy) };
 }
 
@@ -185,10 +189,10 @@ function shown(value) {
   return Array.isArray(value) ? value.join(", ") : String(value);
 }
 
-/** "Fit-aware to on, Mode to none". @param {Record<string, any>} set */
-export function whatToSet(set) {
+/** "Fit-aware to on, Mode to none". @param {Record<string, any>} set @param {string} [to] */
+export function whatToSet(set, to = "to ") {
   return Object.entries(set)
-    .map(([field, value]) => `${LABELS.get(field) ?? field} to ${shown(value)}`)
+    .map(([field, value]) => `${LABELS.get(field) ?? field} ${to}${shown(value)}`)
     .join(", ");
 }
 
@@ -201,13 +205,13 @@ export function applyHint(host, hint, report) {
   const set = hint?.action?.set;
   if (!isRecord(set) || !Object.keys(set).length) return no("This hint names nothing to set.");
   const all = policyNodes(host.rootGraph());
-  const { nodes, changed } = meant(all, report?.policy);
+  const { nodes, changed } = meant(all, report?.policy, set);
   if (!nodes.length) return no(nobody(all.length, set));
   const { changes, refused } = plan(nodes, set);
   const where = nodes.map(({ node, id }) => titleOf(node, id)).join(", ");
   if (refused.length) return no(`Nothing was changed: ${refused.join("; ")}. Set ${whatToSet(set)} there.`);
   const open = changes.filter(({ place, value }) => place.widget.value !== value);
-  if (!open.length) return no(`${where} already has ${whatToSet(set)}. The next run uses it.`);
+  if (!open.length) return no(`${where} already has ${whatToSet(set, "")}. The next run uses it.`);
   host.undoable(() => open.forEach(({ place, value }) => write(place, value)));
   host.redraw();
   const kept = open.filter(({ place, value }) => place.widget.value === value);

@@ -140,7 +140,7 @@ test("nothing to do is no undo step", () => {
   const host = hostOf({ nodes: [policyNode(1)] });
   const out = applyHint(host, hint({ fit_aware: true }), { policy: POLICY });
   assert.deepEqual([out.done, host.steps], [false, 0]);
-  assert.match(out.text, /already has Fit-aware to on/);
+  assert.match(out.text, /already has Fit-aware on/);
 });
 
 test("garbage in a hint, a report or a graph never throws", () => {
