@@ -321,7 +321,7 @@ def test_a_part_that_is_gone_leaves_nothing(open_plain: Callable[..., Any]) -> N
     page = open_plain()
     page.evaluate(COUNTED)
     given = [COURSE, [step(i) for i in range(50)], {"weights": GIB, "total": 4 * GIB}]
-    page.evaluate(CHURN, [50, *given])
+    page.evaluate(CHURN, [250, *given])  # caches are filled
     assert page.evaluate("() => window.counts") == {"observers": 0, "listeners": 0, "frames": 0}
     before = heap(page)
     page.evaluate(CHURN, [200, *given])
