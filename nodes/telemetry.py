@@ -23,7 +23,7 @@ PERIOD = 0.25  # seconds between two messages, on average
 JITTER_S = 0.05  # by which one may come early, so that a timer that is late once does not halve the rate
 POINTS = 512  # that wait for a message to take them along
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
-_RINGS = ("points", "ended")
+_RINGS = ("points", "stages", "ended")  # what is said once
 
 
 class Telemetry:

@@ -41,7 +41,7 @@ class Live:
             return
         if run is not self._of:
             self._of, self._ended = run, []
-        self.figures = snapshot(run, totals=self._totals) | {"points": _points(run), "ended": self._endings(run)}
+        self.figures = snapshot(run, totals=self._totals) | _points(run) | {"ended": self._endings(run)}
 
     def now(self, run: Run | None) -> dict[str, Any]:
         """The figures for somebody who asks once; those of the last message while messages are sent."""
@@ -79,6 +79,7 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Tota
         "moved": None,
         "components": None,
         "points": [],
+        "stages": [],
         "ended": [],
     }
     if run is None:
@@ -100,9 +101,14 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Tota
     }
 
 
-def _points(run: Run) -> list[dict[str, Any]]:
+def _points(run: Run) -> dict[str, Any]:
+    """What was left since the last message: `points` at the ends of steps, `stages` at the begin and end of nodes."""
     ours = run._ours
-    return [_point(point, run.opened, ours) for point in _taken(run.track.points)]
+    taken = [_point(point, run.opened, ours) for point in _taken(run.track.points)]
+    return {
+        "points": [point for point in taken if point["step"] is not None],
+        "stages": [point for point in taken if point["step"] is None],
+    }
 
 
 def _point(point: Point, opened: float, ours: bool) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class NodeRow:
 class Point(NamedTuple):
     """The end of a step, or a node's begin or end (`step` None), with what is known there without asking the device.
 
-    Bytes; seconds, `at` by the host's clock. weights, allocated: as the ledger was told last.
+    Bytes; seconds, `at` by the host's clock. step_s, stall_s: the mean where the host passed over steps. weights,
+    allocated: as the ledger was told last.
     """
 
     at: float

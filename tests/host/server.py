@@ -238,11 +238,13 @@ class HostServer:
 
 
 class Listener:
-    """Collects a websocket's JSON events in a thread: [(seconds, type, data)]. Use it as a context."""
+    """Collects a websocket's JSON events in a thread: [(seconds, type, data)], and its binary `frames`. Use it as a
+    context."""
 
     def __init__(self, port: int, client: str) -> None:
         self.port, self.client = port, client
         self.events: list[tuple[float, str, dict[str, Any]]] = []
+        self.frames: list[tuple[float, bytes]] = []
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._send: list[dict[str, Any]] = []
@@ -297,6 +299,8 @@ class Listener:
                     continue
                 if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.CLOSING):
                     return
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    self.frames.append((time.monotonic(), message.data))
                 if message.type == aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
                     self.events.append((time.monotonic(), event.get("type", ""), event.get("data") or {}))

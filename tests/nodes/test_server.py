@@ -94,7 +94,7 @@ def test_telemetry_and_the_end_of_a_run_reach_the_client(
     assert 2 <= len(samples) <= 4 and {sid for _, sid in samples} == {"browser"}
     assert set(samples[-1][0]) == {
         *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
-        *("components", "points", "ended"),
+        *("components", "points", "stages", "ended"),
     }
     assert set(samples[-1][0]["vram"]) == {
         *("weights", "activations", "others", "free", "high", "low", "peak", "total")

@@ -25,7 +25,7 @@ from balanced_offload.offload.ledger import Ledger
 
 from .report_prompts import Node, Prompts
 
-EMPTY: dict[str, Any] = {"points": [], "ended": []}
+EMPTY: dict[str, Any] = {"points": [], "stages": [], "ended": []}
 
 
 class Desk:
@@ -223,15 +223,16 @@ def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: Prompt
         *("t", "node", "step", "steps", "step_ms", "stall_ms"),
         *("moved", "weights", "allocated"),
     }
-    steps = [point for point in points if point["step"] is not None]
-    assert [point["step"] for point in steps] == list(range(1, 41)), "each once, whatever the rate of messages"
-    assert {(point["node"], point["steps"]) for point in steps} == {("5", 40)}
-    assert steps[0]["step_ms"] is None and all(19 < point["step_ms"] < 200 for point in steps[1:])
+    assert [point["step"] for point in points] == list(range(1, 41)), "each once, whatever the rate of messages"
+    assert {(point["node"], point["steps"]) for point in points} == {("5", 40)}
+    assert points[0]["step_ms"] is None and all(19 < point["step_ms"] < 500 for point in points[1:])
     times = [point["t"] for point in points]
     assert times == sorted(times) and times[0] >= 0
-    taken = [b["t"] - a["t"] for a, b in itertools.pairwise(steps)]
-    assert taken == pytest.approx([point["step_ms"] / 1e3 for point in steps[1:]], abs=1e-6)
-    assert ("5", None) in [(point["node"], point["step"]) for point in points], "the end of a node"
+    taken = [b["t"] - a["t"] for a, b in itertools.pairwise(points)]
+    assert taken == pytest.approx([point["step_ms"] / 1e3 for point in points[1:]], abs=1e-6)
+    stages = [point for message in told for point in message["stages"]]
+    assert [(point["node"], point["step"]) for point in stages] == [("5", None), ("6", None)], "where one ends"
+    assert set(stages[0]) == set(points[0]) and stages[0]["t"] > times[-1]
     ended = [row for message in told for row in message["ended"]]
     assert [row["id"] for row in ended] == ["5"] and ended[0]["wall_s"] >= 1.0 and ended[0]["display"] == "5"
 

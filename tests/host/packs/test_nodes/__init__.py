@@ -162,7 +162,31 @@ def routes() -> None:
         return web.json_response({"rss": psutil.Process().memory_info().rss, "opened": opened.take()})
 
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": Conditioning, "TestDigest": Digest}
+class ExpandedSampler:
+    """Becomes a KSampler when it runs, as a loop or a subgraph of nodes' own making does."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        import nodes
+
+        described: dict[str, Any] = nodes.KSampler.INPUT_TYPES()
+        return described
+
+    def make(self, **inputs: Any) -> dict[str, Any]:
+        from comfy_execution.graph_utils import GraphBuilder
+
+        graph = GraphBuilder()
+        sampler = graph.node("KSampler", **inputs)
+        return {"result": (sampler.out(0),), "expand": graph.finalize()}
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestConditioning": Conditioning,
+    "TestDigest": Digest,
+    "TestExpandedSampler": ExpandedSampler,
+}
 
 if "server" in sys.modules and getattr(getattr(sys.modules["server"], "PromptServer", None), "instance", None):
     accept_tiny_text_encoders()
