@@ -19,6 +19,9 @@ ONLOAD = {"text_encoder": 0.4125, "denoiser": 0.9375, "vae": 0.0315}
 RESIDENT = {**WEIGHTS, "denoiser": 8 * GIB}
 STREAMED = WEIGHTS["denoiser"] - RESIDENT["denoiser"]
 """Bytes that go up again in each step."""
+OTHERS = GIB
+PEAK = 14 * GIB + 123_456_789
+"""Most in use on the card at once, other programs too."""
 
 
 def _step(node: str, i: int, t0: float) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def report(
     t_decode, evict = t, 0.004
     end = t_decode + evict + onload["vae"] + 0.35 + 0.02
     stall, compute = sum(row["stall_s"] for row in rows), sum(row["compute_s"] for row in rows)
-    peak = 14 * GIB + 123_456_789
+    peak = PEAK
     moves = [
         _move(0.05, onload["text_encoder"], "text_encoder", WEIGHTS["text_encoder"]),
         _move(t_denoise, onload["denoiser"], "denoiser", RESIDENT["denoiser"], reason="forward"),
@@ -99,7 +102,7 @@ def report(
         "output_neutral": True,
         "vram": {
             **{"total": TOTAL, "available": 15 * GIB, "peak_device": peak, "peak_torch": peak - 64 * MIB},
-            **{"others_start": GIB, "high_crossings": 0, "spill_suspected": False, "peak": peak},
+            **{"others_start": OTHERS, "high_crossings": 0, "spill_suspected": False, "peak": peak},
             **{"peak_noted": peak - 128 * MIB, "peak_weights": RESIDENT["denoiser"] + STREAMED},
         },
         "ram": {"peak_rss": 20 * GIB, "pinned": 12 * GIB},
@@ -204,8 +207,9 @@ def hint(**over: Any) -> dict[str, Any]:
 
 def telemetry(prompt_id: str, node: str, step: int, steps: int, t: float = 0.0, **over: Any) -> dict[str, Any]:
     """One message as the pack sends it; the bars grow with the steps."""
-    weights, activations, others = RESIDENT["denoiser"] + STREAMED, (2 * GIB * (step + 1)) // (steps + 1), GIB
-    peak = 14 * GIB + 123_456_789 if step == steps else weights + activations + others
+    weights, others = RESIDENT["denoiser"] + STREAMED, OTHERS
+    activations = (PEAK - weights - others) * (step + 1) // (steps + 1)
+    peak = weights + activations + others
     exact = {"t": t, "node": node, "step": step, "steps": steps, "step_ms": 221.5, "stall_ms": 14.25}
     made = {
         **{"v": 1, "prompt_id": prompt_id, "device": "vram:0", **exact, "moved": STREAMED * step},
