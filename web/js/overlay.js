@@ -5,18 +5,20 @@
  * The host draws its canvas at any time. What is drawn is worked out only when something changed; a frame only places
  * and paints it. Canvas and Nodes 2.0 both call us; there the nodes lie over the canvas, so that all of it is above them.
  */
+import { el } from "./dom.js";
 import { bare, bytes, seconds, unit } from "./format.js";
 import { find, localId, prefixes, rowsByNode } from "./ids.js";
 import { theme } from "./look.js";
 import { nodeText } from "./model.js";
 import { barOf } from "./scale.js";
-import { drawLive, drawNote, LEAST_ZOOM, place, seen, unitOf, zoomOf } from "./strip.js";
+import { drawLive, drawNotes, LEAST_ZOOM, place, seen, unitOf, unplaced, zoomOf } from "./strip.js";
 
 /** @typedef {import("./types.d.ts").Host} Host */
 /** @typedef {import("./types.d.ts").StoreLike} StoreLike */
 /** @typedef {import("./types.d.ts").NodeRow} NodeRow */
 /** @typedef {import("./types.d.ts").Telemetry} Telemetry */
-/** @typedef {{node: any, texts: string[], bar: import("./scale.js").Bar | null}} Item */
+/** @typedef {import("./strip.js").Placed} Placed */
+/** @typedef {{node: any, texts: string[], bar: import("./scale.js").Bar | null, box: Placed}} Item */
 
 export const SETTING = "BalancedOffload.Overlay";
 const TITLE_HEIGHT = 30;
@@ -48,23 +50,35 @@ export function drawOverlay(ctx, area, host, store) {
   if (!items.length) return;
   const now = performance.now();
   if (!state.theme || now - state.themed > RECHECK) {
-    state.theme = theme(null);
+    state.theme = theme((state.surface ??= makeSurface()));
     state.themed = now;
   }
   const vue = host.vue();
   const gap = vue ? GAP_DOM : GAP_CANVAS;
   const scale = unitOf(zoom);
-  const { box } = state;
-  for (const { node, texts, bar } of items) {
-    const x = node.pos?.[0];
-    const y = node.pos?.[1];
+  let notes = 0;
+  for (const { node, texts, bar, box } of items) {
+    const { pos } = node;
+    const x = pos?.[0];
+    const y = pos?.[1];
     if (!Number.isFinite(x) || !Number.isFinite(y)) continue;
     const width = Math.max(widthOf(node), vue ? DOM_WIDTH : 0);
     place(box, texts, bar !== null, x, y - titleOf(node) - gap, width, zoom, state.theme.font);
     if (area && !seen(box, area)) continue;
     if (bar) drawLive(ctx, state.theme, box, scale, bar);
-    else drawNote(ctx, state.theme, box, scale);
+    else state.notes[notes++] = box;
   }
+  state.notes.length = notes;
+  if (notes) drawNotes(ctx, state.theme, state.notes, scale);
+}
+
+/** An element that is never seen, on the surface on which all that is ours stands: a plate has the colours that it has. */
+function makeSurface() {
+  const surface = el("div", "bo-surface");
+  surface.style.display = "none";
+  surface.style.background = "var(--comfy-menu-bg, #202020)";
+  document.body.append(surface);
+  return surface;
 }
 
 /** @param {any} node */
@@ -88,7 +102,8 @@ function widthOf(node) {
  * @property {Item[]} items
  * @property {import("./look.js").Theme | null} theme
  * @property {number} themed
- * @property {{x: number, y: number, width: number, height: number, text: string}} box
+ * @property {HTMLElement | null} surface
+ * @property {Placed[]} notes those that are seen in this frame
  */
 
 /** @type {WeakMap<StoreLike, State>} */
@@ -105,7 +120,7 @@ function stateOf(host, store) {
   /** @type {State} */
   const state = {
     ...{ stale: true, graph: null, count: -1, last: null, made: 0, items: [], theme: null, themed: 0 },
-    box: { x: 0, y: 0, width: 0, height: 0, text: "" },
+    ...{ surface: null, notes: [] },
   };
   states.set(store, state);
   const changed = () => {
@@ -163,7 +178,7 @@ export function planOf(root, graph, store) {
   for (const [id, row] of rowsByNode(starts, rows)) {
     const text = nodeText(row);
     const node = text ? find(graph, id) : null;
-    if (node) items.push({ node, texts: notes(text), bar: null });
+    if (node) items.push({ node, texts: notes(text), bar: null, box: unplaced() });
   }
   return items;
 }
@@ -190,7 +205,7 @@ function liveItem(node, live, running) {
   const bar = barOf(live.vram);
   // Between two nodes the last step is still the one of the node before.
   const step = live.node === running && live.step !== null;
-  return { node, bar, texts: liveTexts(bar.used, live.vram.peak, step ? { ms: live.stall_ms } : null) };
+  return { node, bar, box: unplaced(), texts: liveTexts(bar.used, live.vram.peak, step ? { ms: live.stall_ms } : null) };
 }
 
 /**

@@ -144,7 +144,7 @@ export function attachPolicy(node, host, store) {
 
 /** @param {HTMLElement} top */
 function makeView(top) {
-  const meter = makeMeter({ label: "VRAM and its marks", height: 16, legend: false });
+  const meter = makeMeter({ label: "VRAM now", height: 16, legend: false });
   const rows = makeMarks();
   const sentence = el("p", "bo-note");
   sentence.style.margin = "0";

@@ -7,7 +7,7 @@
  */
 import { makeSteps } from "./bars.js";
 import { button, el, setText, setValue } from "./dom.js";
-import { seconds } from "./format.js";
+import { bytes, seconds } from "./format.js";
 import { HIDDEN, hintOf, HINTS } from "./hintbox.js";
 import { executionIds, find } from "./ids.js";
 import { fetchReport } from "./listen.js";
@@ -28,11 +28,15 @@ import { readReport } from "./wire.js";
 export const REPORT = "VRAMReport";
 const BEFORE = "After the next run: VRAM now and at its peak against the marks, each step's moves, and where the time went.";
 const TEXT_HEIGHT = 96;
+/** In their order; while a run is on others than after it. */
 const FIGURES = /** @type {const} */ ({
+  step: ["step", "Seconds of the last step"],
+  step_moves: ["step moves", "Seconds of the last step in which it waited for a copy"],
   moves: ["moves", "Seconds that this run waited for weights: onload, stall and evict together"],
   onload: ["onload", "Seconds blocked on a copy outside a step"],
   stall: ["stall", "Seconds in which a step waited for a copy"],
   wall: ["wall", "Seconds of the whole run"],
+  moved: ["moved", "Bytes that were copied to VRAM"],
 });
 
 /**
@@ -202,7 +206,7 @@ function makeView({ top, rest }, host) {
     steps.update(bars);
     spark.element.hidden = empty || course.length < 2;
     steps.element.hidden = empty || !bars.length;
-    figures.update(live ? null : run, live ? bars : null);
+    figures.update(live ? figuresNow(store, bars) : figuresOf(run));
     hint.update(live ? null : row);
     const said = live ? "The run is on: this is what is measured so far. Its text comes at the end." : row?.text || own.text;
     if (text.value !== said) text.value = said;
@@ -276,28 +280,37 @@ function makeFigures() {
     element.append(pair);
     shown.set(key, value);
   }
-  /**
-   * @param {RunRow | Report | null} run
-   * @param {readonly Step[] | null} live the steps so far
-   */
-  const update = (run, live) => {
-    const stalls = live?.map((step) => step.stall_s) ?? [];
-    const soFar = stalls.length && !stalls.includes(null) ? stalls.reduce((all, one) => (all ?? 0) + (one ?? 0), 0) : null;
-    const values = {
-      moves: run ? movesOf(run) : null,
-      onload: run?.totals.onload_s ?? null,
-      stall: run ? run.totals.stall_s : soFar,
-      wall: run?.totals.wall_s ?? null,
-    };
-    for (const [key, value] of Object.entries(values)) {
-      const place = /** @type {HTMLElement} */ (shown.get(key));
-      // What a run that is on cannot know yet takes no room.
-      /** @type {HTMLElement} */ (place.parentElement).hidden = live !== null && value === null;
-      setText(place, seconds(value));
-      setValue(place, value);
+  /** @param {Partial<Record<keyof typeof FIGURES, number | null>>} values what is left out is not shown */
+  const update = (values) => {
+    for (const [key, place] of shown) {
+      const value = values[/** @type {keyof typeof FIGURES} */ (key)];
+      /** @type {HTMLElement} */ (place.parentElement).hidden = value === undefined;
+      setText(place, key === "moved" ? bytes(value) : seconds(value));
+      setValue(place, value ?? null);
     }
   };
   return { element, update };
+}
+
+/**
+ * @param {StoreLike} store
+ * @param {readonly Step[]} steps so far
+ */
+function figuresNow({ live }, steps) {
+  const stalls = steps.map((step) => step.stall_s);
+  const { step_ms = null, stall_ms = null } = live ?? {};
+  return {
+    step: step_ms === null ? null : step_ms / 1e3,
+    step_moves: stall_ms === null ? null : stall_ms / 1e3,
+    stall: !stalls.length || stalls.includes(null) ? null : stalls.reduce((/** @type {number} */ all, one) => all + (one ?? 0), 0),
+    moved: live?.moved ?? null,
+  };
+}
+
+/** @param {RunRow | Report | null} run */
+function figuresOf(run) {
+  const { onload_s = null, stall_s = null, wall_s = null } = run?.totals ?? {};
+  return { moves: run ? movesOf(run) : null, onload: onload_s, stall: stall_s, wall: wall_s };
 }
 
 /** @param {Host} host */

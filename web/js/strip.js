@@ -6,11 +6,12 @@
  * in pixels of a 11 pixel text; `unitOf` says how many units of the graph such a pixel takes.
  */
 import { partColor, PARTS } from "./look.js";
-import { fillBox, glyph, markLine, textWidth, write } from "./paint.js";
+import { fillBox, glyph, markLine, TEXT_PX, textWidth, write } from "./paint.js";
 
 /** @typedef {import("./look.js").Theme} Theme */
 /** @typedef {import("./scale.js").Bar} Bar */
 /** @typedef {{x: number, y: number, width: number, height: number}} Box */
+/** @typedef {Box & {text: string, zoom: number, room: number}} Placed zoom, room: what its text was chosen for */
 
 /** Below this zoom a strip is larger than the nodes, and nothing is drawn. */
 export const LEAST_ZOOM = 0.4;
@@ -59,7 +60,7 @@ export function choose(texts, room, font) {
 
 /**
  * Where a strip lies, in the graph; `text` is what of it is shown. Written into `box`: this is asked in every frame.
- * @param {Box & {text: string}} box
+ * @param {Placed} box
  * @param {readonly string[]} texts
  * @param {boolean} live
  * @param {number} left
@@ -69,16 +70,23 @@ export function choose(texts, room, font) {
  * @param {string} font
  */
 export function place(box, texts, live, left, bottom, nodeWidth, zoom, font) {
-  const unit = unitOf(zoom);
-  const own = Math.max(0, nodeWidth) / unit;
-  const least = LEAST_ROOM / zoom / unit;
-  box.text = choose(texts, Math.max(own * WIDER, least) - 2 * PAD, font);
-  const needed = textWidth(box.text, font) + 2 * PAD;
-  box.width = (live ? Math.max(own, needed) : needed) * unit;
-  box.height = (live ? LIVE_HEIGHT : NOTE_HEIGHT) * unit;
+  if (box.zoom !== zoom || box.room !== nodeWidth) {
+    box.zoom = zoom;
+    box.room = nodeWidth;
+    const unit = unitOf(zoom);
+    const own = Math.max(0, nodeWidth) / unit;
+    const least = LEAST_ROOM / zoom / unit;
+    box.text = choose(texts, Math.max(own * WIDER, least) - 2 * PAD, font);
+    const needed = textWidth(box.text, font) + 2 * PAD;
+    box.width = (live ? Math.max(own, needed) : needed) * unit;
+    box.height = (live ? LIVE_HEIGHT : NOTE_HEIGHT) * unit;
+  }
   box.x = left;
   box.y = bottom - box.height;
 }
+
+/** @returns {Placed} for `place` */
+export const unplaced = () => ({ x: 0, y: 0, width: 0, height: 0, text: "", zoom: 0, room: -1 });
 
 /**
  * @param {Box} box
@@ -95,16 +103,24 @@ export function seen(box, area) {
 }
 
 /**
- * The short text after a run.
+ * The short texts after a run, all at once: there may be one above every node.
  * @param {CanvasRenderingContext2D} ctx
  * @param {Theme} theme
- * @param {Box & {text: string}} box
+ * @param {readonly Placed[]} boxes
  * @param {number} unit
  */
-export function drawNote(ctx, theme, box, unit) {
+export function drawNotes(ctx, theme, boxes, unit) {
   ctx.save();
-  plate(ctx, theme, box, unit);
-  write(ctx, box.text, PAD, NOTE_HEIGHT / 2 + 0.5, theme, { halo: false });
+  clean(ctx);
+  ctx.scale(unit, unit);
+  ctx.beginPath();
+  for (const box of boxes) outline(ctx, box.x / unit, box.y / unit, box.width / unit, NOTE_HEIGHT);
+  plate(ctx, theme);
+  ctx.font = `400 ${TEXT_PX}px ${theme.font}`;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "middle";
+  ctx.fillStyle = theme.text;
+  for (const box of boxes) ctx.fillText(box.text, box.x / unit + PAD, box.y / unit + NOTE_HEIGHT / 2 + 0.5);
   ctx.restore();
 }
 
@@ -112,36 +128,51 @@ export function drawNote(ctx, theme, box, unit) {
  * The strip while a node runs: what VRAM holds now, against its marks.
  * @param {CanvasRenderingContext2D} ctx
  * @param {Theme} theme
- * @param {Box & {text: string}} box
+ * @param {Placed} box
  * @param {number} unit
  * @param {Bar} bar
  */
 export function drawLive(ctx, theme, box, unit, bar) {
+  const width = box.width / unit;
   ctx.save();
-  plate(ctx, theme, box, unit);
+  clean(ctx);
+  ctx.translate(box.x, box.y);
+  ctx.scale(unit, unit);
+  ctx.beginPath();
+  outline(ctx, 0, 0, width, LIVE_HEIGHT);
+  plate(ctx, theme);
   write(ctx, box.text, PAD, 2 + TEXT_HEIGHT / 2, theme, { halo: false });
-  drawBar(ctx, theme, bar, PAD, 2 + TEXT_HEIGHT + OVERHANG, box.width / unit - 2 * PAD);
+  drawBar(ctx, theme, bar, PAD, 2 + TEXT_HEIGHT + OVERHANG, width - 2 * PAD);
   ctx.restore();
 }
 
 /**
- * Leaves the canvas in pixels from the plate's corner.
+ * Nothing of what others left set on the canvas.
  * @param {CanvasRenderingContext2D} ctx
- * @param {Theme} theme
- * @param {Box} box
- * @param {number} unit
  */
-function plate(ctx, theme, box, unit) {
+function clean(ctx) {
   ctx.globalAlpha = 1;
   ctx.shadowColor = "transparent";
   ctx.setLineDash([]);
-  ctx.translate(box.x, box.y);
-  ctx.scale(unit, unit);
-  const width = box.width / unit;
-  const height = box.height / unit;
-  ctx.beginPath();
-  if (ctx.roundRect) ctx.roundRect(0.5, 0.5, width - 1, height - 1, 4);
-  else ctx.rect(0.5, 0.5, width - 1, height - 1);
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {number} x
+ * @param {number} y
+ * @param {number} width
+ * @param {number} height
+ */
+function outline(ctx, x, y, width, height) {
+  if (ctx.roundRect) ctx.roundRect(x + 0.5, y + 0.5, width - 1, height - 1, 4);
+  else ctx.rect(x + 0.5, y + 0.5, width - 1, height - 1);
+}
+
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Theme} theme
+ */
+function plate(ctx, theme) {
   ctx.fillStyle = theme.bg;
   ctx.fill();
   ctx.strokeStyle = theme.border;

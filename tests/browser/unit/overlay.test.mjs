@@ -4,7 +4,10 @@ import { test } from "node:test";
 
 const style = { getPropertyValue: () => "", backgroundColor: "rgb(32, 32, 32)", fontFamily: "Arial" };
 const page = { parentElement: null, isConnected: true, classList: { contains: () => false } };
-globalThis.document = { documentElement: page, body: page, createElement: () => ({ getContext: () => null }) };
+globalThis.document = {
+  ...{ documentElement: page, body: { ...page, append: () => {} }, head: { append: () => {} }, querySelectorAll: () => [] },
+  createElement: () => ({ style: {}, getContext: () => null }),
+};
 globalThis.getComputedStyle = () => style;
 globalThis.window = { matchMedia: () => ({ matches: false }) };
 const { drawOverlay, liveTexts, planOf, SETTING } = await import("../../../web/js/overlay.js");
@@ -51,24 +54,22 @@ function hostOf(graph, more = {}) {
   return host;
 }
 
-/** A canvas that only counts texts. */
+/** A canvas that only keeps texts, and where in the graph they stand. */
 function canvasOf(zoom = 1) {
-  const texts = [];
-  const places = [];
-  let x = 0;
-  let y = 0;
-  const ctx = new Proxy(
-    {
-      texts,
-      places,
-      getTransform: () => ({ a: zoom }),
-      translate: (dx, dy) => void ([x, y] = [dx, dy]),
-      fillText: (text) => void (texts.push(text), places.push([x, y])),
-      createPattern: () => null,
-    },
-    { get: (own, name) => own[name] ?? (() => {}), set: () => true },
-  );
-  return ctx;
+  const [texts, places, kept] = [[], [], []];
+  let at = { x: 0, y: 0, scale: 1 };
+  const own = {
+    texts,
+    places,
+    getTransform: () => ({ a: zoom }),
+    save: () => void kept.push({ ...at }),
+    restore: () => void (at = kept.pop()),
+    translate: (x, y) => void ((at.x += x * at.scale), (at.y += y * at.scale)),
+    scale: (by) => void (at.scale *= by),
+    fillText: (text, x, y) => void (texts.push(text), places.push([at.x + x * at.scale, at.y + y * at.scale])),
+    createPattern: () => null,
+  };
+  return new Proxy(own, { get: (_, name) => own[name] ?? (() => {}), set: () => true });
 }
 function drawn(host, store, { zoom = 1, area = AREA } = {}) {
   const ctx = canvasOf(zoom);

@@ -4,7 +4,7 @@ import { test } from "node:test";
 
 // No page here: the width of a text is then a fixed number of pixels a letter.
 globalThis.document = { createElement: () => ({ getContext: () => null }) };
-const { choose, drawLive, drawNote, LEAST_ZOOM, LIVE_HEIGHT, place, seen, unitOf, zoomOf } = await import(
+const { choose, drawLive, drawNotes, LEAST_ZOOM, LIVE_HEIGHT, place, seen, unitOf, unplaced, zoomOf } = await import(
   "../../../web/js/strip.js"
 );
 const { themeOn } = await import("../../../web/js/look.js");
@@ -14,7 +14,7 @@ const GIB = 2 ** 30;
 const TEXTS = ["VRAM 9.8 GiB, peak 11.2, step moves 83.0 ms", "9.8 GiB, peak 11.2", "9.8 GiB"];
 const width = (text) => Math.ceil(text.length * 6.5);
 const boxOf = (texts, live, zoom, nodeWidth = 270) => {
-  const box = { x: 0, y: 0, width: 0, height: 0, text: "" };
+  const box = unplaced();
   place(box, texts, live, 100, 50, nodeWidth, zoom, "Arial");
   return box;
 };
@@ -123,7 +123,7 @@ test("a note is its text on a plate; unknown figures draw too", () => {
   const theme = themeOn("#ffffff");
   const ctx = paper(0.4, 2);
   const box = boxOf(["12.4 s, moves 1.5 s, peak 9.8 GiB"], false, 0.4);
-  drawNote(ctx, theme, box, unitOf(0.4));
+  drawNotes(ctx, theme, [box], unitOf(0.4));
   assert.deepEqual(ctx.calls.filter((call) => call.name === "fillText").map((call) => call.args[0]), [box.text]);
   drawLive(ctx, theme, boxOf(["n/a"], true, 0.4), unitOf(0.4), barOf(null));
   assert.equal(ctx.depth(), 0);
