@@ -85,11 +85,30 @@ def test_the_mark_is_not_blamed_where(change: dict[str, Any]) -> None:
     none_of(run, run)
 
 
+def test_the_component_that_would_gain_most_is_named() -> None:
+    run = streaming()
+    run["by_component"][0] |= {"weight_bytes": 5 * GIB, "step_bytes": 10 * GIB, "step_copy_s": 1.0, "stall_s": 0.5}
+    assert "UNet2DConditionModel (8.0 GiB) may hold" in hint_of("HIGH_MARK_TOO_LOW", run, run).sentence
+    run["by_component"].reverse()
+    assert "UNet2DConditionModel (8.0 GiB) may hold" in hint_of("HIGH_MARK_TOO_LOW", run, run).sentence
+
+
+@pytest.mark.parametrize(("fits", "fit_aware", "saved"), [(True, True, 2.0), (True, False, 1.6), (False, True, 1.28)])
+def test_where_the_run_fits_auto_sets_no_mark(fits: bool, fit_aware: bool, saved: float) -> None:
+    """A card of 12 GiB, whose profile's mark is 7.2 GiB; what is loaded once a run counts unless all is known to fit."""
+    policy = OffloadPolicy(mode="balanced", high="4GiB", always=["vae"], fit_aware=fit_aware).to_json()
+    run = streaming(fits=fits, policy=policy, vram={"total": 12 * GIB, "available": gib(11.5)})
+    run["by_component"][0]["weight_bytes"] = GIB
+    run["resolved"] |= {"available": gib(11.5), "weight_bytes": gib(9.25)}
+    assert hint_of("HIGH_MARK_TOO_LOW", run, run).saving_s == pytest.approx(saved)
+
+
 def test_both_runs_have_to_stall() -> None:
     calm = streaming()
     calm["by_component"][1]["stall_s"] = 0.25
     none_of(calm, streaming())
     none_of(streaming(), calm)
+    none_of(streaming())
 
 
 # --- RAM_PRESSURE

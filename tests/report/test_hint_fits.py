@@ -1,0 +1,125 @@
+"""FITS_BUT_MOVED where one of two runs, or a part of a row, says otherwise: silence, or the bound that is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from balanced_offload.offload.hints import Found, Hint, find
+
+from .hint_cases import UNET, evicted, gib, report, row, runs, seed
+
+
+def hint_of(*reports: dict[str, Any]) -> Hint:
+    found = find(*runs(*reports))
+    assert found.hint is not None and found.hint.code == "FITS_BUT_MOVED", found
+    return found.hint
+
+
+def none_of(*reports: dict[str, Any]) -> None:
+    assert find(*runs(*reports)) == Found()
+
+
+def hires(**changes: Any) -> dict[str, Any]:
+    """The second seed's run, with a decode that took 22 GiB."""
+    stages = [*report()["stages"][:2], {**report()["stages"][2], "peak": gib(23.5)}]
+    return seed(stages=stages, **changes)
+
+
+@pytest.mark.parametrize("found", [(seed(), hires()), (hires(), seed())])
+def test_a_decode_of_either_run_counts(found: tuple[dict[str, Any], ...]) -> None:
+    told = find(*runs(*found))
+    assert told.hint is None and told.note is not None and "it took 22.0 GiB" in told.note
+
+
+def test_a_note_is_of_what_the_room_was_made_of() -> None:
+    none_of(hires(reason="external"), hires(reason="external"))  # somebody else asked for it
+    once = hires()
+    once["by_component"][1] = row(UNET, 4.75)
+    none_of(once, hires())  # not evicted in the run before
+    none_of(hires(), once)  # and not brought up again
+    none_of(hires() | {"by_component": [], "stages": []}, hires())
+    short = hires()
+    short["by_component"][1]["onload_s"] = 0.1
+    none_of(short, short)  # not worth a word
+    short["by_component"][1]["onload_s"] = None
+    none_of(short, short)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"avoidable_bytes": None},
+        {"avoidable_bytes": 0},
+        {"bytes_h2d": None},
+        {"bytes_h2d": 0},
+        {"onload_s": None},
+        {"dropped_for": None},
+        {"dropped_for": {"low": None}},
+        {"dropped_for": {"external": gib(9.5)}},
+    ],
+)
+def test_a_row_that_proves_nothing(given: dict[str, Any]) -> None:
+    run = seed(totals__evict_s=1.0)
+    run["by_component"][1] |= given
+    none_of(run, run)
+
+
+def test_a_component_that_the_run_before_did_not_have() -> None:
+    first = seed()
+    first["by_component"] = [row("text_encoder", 1.5), row("vae", 0.25)]
+    none_of(first, seed())
+    first["by_component"].append(row(UNET, 4.75))  # it had it, and did not evict it
+    none_of(first, seed())
+
+
+def test_evictions_within_each_run() -> None:
+    """The base pass loads what the hires pass finds gone: out and in within a run, whatever it left behind."""
+    first = seed()
+    first["by_component"][1]["dropped_for"] = {}
+    assert hint_of(first, seed()).saving_s == pytest.approx(1.6875 + 1.3125)
+    first["by_component"][1]["avoidable_bytes"] = 0
+    none_of(first, seed())
+
+
+@pytest.mark.parametrize(("evict_s", "dropped"), [(None, gib(9.5)), (0.0, gib(9.5)), (1.3125, None), (1.3125, 0)])
+def test_evictions_that_are_not_known_are_not_counted(evict_s: float | None, dropped: int | None) -> None:
+    run = seed(totals__evict_s=evict_s, totals__bytes_dropped=dropped)
+    assert hint_of(run, run).saving_s == 1.6875
+
+
+def test_evictions_are_shared_by_bytes() -> None:
+    run = seed(totals__bytes_dropped=4 * gib(4.75))  # of which the UNet was half
+    assert hint_of(run, run).saving_s == 1.6875 + 1.3125 / 2
+    run["totals"]["bytes_dropped"] = gib(4.75)  # more than all is all
+    assert hint_of(run, run).saving_s == 3.0
+
+
+def test_no_more_can_have_come_back_than_had_left() -> None:
+    first, second = seed(totals__evict_s=0.0), seed(totals__evict_s=0.0)
+    first["by_component"][1]["dropped_for"] = {"low": gib(4.75)}
+    second["by_component"][1]["dropped_for"] = {"external": gib(4.75)}
+    assert hint_of(first, second).saving_s == 1.6875 / 2
+
+
+def test_several_reasons_give_several_changes() -> None:
+    """The largest share names the field; two components, two causes, one button."""
+    run = seed({"always": ["t5", UNET], "before_decode": "free_all"}, "always")
+    run["by_component"][0] = evicted("text_encoder", 1.5, "policy", 0.5)
+    hint = hint_of(run, run)
+    assert hint.action == {
+        "set": {"before_decode": "fit", "always": "t5"},
+        "label": "Set Before decode to fit and set Always offload to t5",
+    }
+    run["by_component"][1]["dropped_for"] = {"always": 1, "policy": gib(9.5)}
+    assert hint_of(run, run).action == {"set": {"before_decode": "fit"}, "label": "Set Before decode to fit"}
+
+
+def test_a_list_loses_every_entry_that_was_to_blame() -> None:
+    run = seed({"always": ["text_encoder", "t5", UNET, "vae"]}, "always")
+    run["by_component"][0] = evicted("text_encoder", 1.5, "always", 0.5)
+    action = hint_of(run, run).action
+    assert action is not None and action["set"] == {"always": "t5, vae"}
+    run["policy"]["always"] = "text_encoder"  # not a list, as a policy writes it
+    none_of(run, run)
