@@ -95,7 +95,7 @@ def test_the_component_that_would_gain_most_is_named() -> None:
 
 @pytest.mark.parametrize(("fits", "fit_aware", "saved"), [(True, True, 2.0), (True, False, 1.6), (False, True, 1.28)])
 def test_where_the_run_fits_auto_sets_no_mark(fits: bool, fit_aware: bool, saved: float) -> None:
-    """A card of 12 GiB, whose profile's mark is 7.2 GiB; what is loaded once a run counts unless all is known to fit."""
+    """A card of 12 GiB, whose mark is 7.2 GiB by its profile; loading what stays counts unless all is known to fit."""
     policy = OffloadPolicy(mode="balanced", high="4GiB", always=["vae"], fit_aware=fit_aware).to_json()
     run = streaming(fits=fits, policy=policy, vram={"total": 12 * GIB, "available": gib(11.5)})
     run["by_component"][0]["weight_bytes"] = GIB
