@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from ..offload.adapters import comfyui_host
+from ..offload.adapters.comfyui_runs_live import ONCE
 
 LASTS = 30.0  # seconds
 MOST = 16  # clients at once
@@ -23,7 +24,6 @@ PERIOD = 0.25  # seconds between two messages, on average
 JITTER_S = 0.05  # by which one may come early, so that a timer that is late once does not halve the rate
 POINTS = 512  # that wait for a message to take them along
 _ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
-_RINGS = ("points", "stages", "ended")  # what is said once
 
 
 class Telemetry:
@@ -36,7 +36,7 @@ class Telemetry:
         self._until: dict[str, float] = {}
         self._pages: set[str] = set()
         self._due = float("-inf")
-        self._kept: dict[str, list[Any]] = {name: [] for name in _RINGS}
+        self._kept: dict[str, list[Any]] = {name: [] for name in ONCE}
         self._of: Any = None  # the prompt to which they belong
 
     # ------------------------------------------------------------------ who asks
@@ -114,14 +114,14 @@ class Telemetry:
             return
         self._due = max(self._due, now - JITTER_S) + PERIOD
         message = figures | self._kept
-        self._kept = {name: [] for name in _RINGS}
+        self._kept = {name: [] for name in ONCE}
         for name in self.clients():
             self._send("offload.telemetry", message, name)
 
     def _keep(self, figures: dict[str, Any]) -> None:
         """What is said once waits for the next message, where this is none; those of an older prompt do not."""
         if figures.get("prompt_id") != self._of:
-            self._of, self._kept = figures.get("prompt_id"), {name: [] for name in _RINGS}
+            self._of, self._kept = figures.get("prompt_id"), {name: [] for name in ONCE}
         for name, rows in self._kept.items():
             rows += figures.get(name) or ()
             del rows[:-POINTS]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .comfyui_run import Run
 
 Totals = dict[str, tuple[Any, int]]  # name -> the component, and the bytes of all its weights on the device
+ONCE = ("points", "stages", "ended")  # rows that one message alone carries
 VRAM = ("weights", "activations", "others", "free", "high", "low", "peak", "total")
 
 
@@ -44,10 +45,11 @@ class Live:
         self.figures = snapshot(run, totals=self._totals) | _points(run) | {"ended": self._endings(run)}
 
     def now(self, run: Run | None) -> dict[str, Any]:
-        """The figures for somebody who asks once; those of the last message while messages are sent."""
+        """The figures for somebody who asks once; those of the last message while messages are sent, without what is
+        said once."""
         if run is not None and not run.closely:
             self.figures = snapshot(run, totals=self._totals)
-        return self.figures
+        return self.figures | {name: [] for name in ONCE}
 
     def _endings(self, run: Run) -> list[dict[str, Any]]:
         """Nodes that ended, as the list of runs has them, as soon as the device has passed their last mark."""
@@ -78,9 +80,7 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Tota
         "stall_ms": None,
         "moved": None,
         "components": None,
-        "points": [],
-        "stages": [],
-        "ended": [],
+        **{name: [] for name in ONCE},
     }
     if run is None:
         return nothing | {key: before[key] for key in ("device", "vram", "components") if before is not None}

@@ -17,7 +17,7 @@ from balanced_offload.nodes.telemetry import LASTS, MOST, PAGES, PERIOD, POINTS,
 from balanced_offload.offload.adapters import comfyui_runs, comfyui_runs_live
 from balanced_offload.offload.adapters.comfyui_run import Run
 from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
-from balanced_offload.offload.adapters.comfyui_runs_live import Live, snapshot
+from balanced_offload.offload.adapters.comfyui_runs_live import ONCE, Live, snapshot
 from balanced_offload.offload.adapters.comfyui_runs_nodes import POINTS as RING
 from balanced_offload.offload.adapters.comfyui_runs_nodes import NodeTrack
 from balanced_offload.offload.backend import CpuBackend
@@ -208,6 +208,7 @@ def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
 
 def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: PromptRuns) -> None:
     told: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     runs.on_sample(lambda figures: told.append(figures), lambda: True)
 
     def sample() -> None:
@@ -215,6 +216,7 @@ def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: Prompt
         for step in range(1, 41):
             time.sleep(0.02)
             prompts.step("5", step, 40)
+            asked.append(runs.live())
         time.sleep(0.3)
 
     prompts.run(Node("5", "KSampler", sample), Node("6", "VAEDecode", lambda: time.sleep(0.3)), prompt_id="p")
@@ -232,6 +234,7 @@ def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: Prompt
     assert taken == pytest.approx([point["step_ms"] / 1e3 for point in points[1:]], abs=1e-6)
     stages = [point for message in told for point in message["stages"]]
     assert [(point["node"], point["step"]) for point in stages] == [("5", None), ("6", None)], "where one ends"
+    assert {len(figures[name]) for figures in asked for name in ONCE} == {0}, "who asks once takes nothing away"
     assert set(stages[0]) == set(points[0]) and stages[0]["t"] > times[-1]
     ended = [row for message in told for row in message["ended"]]
     assert [row["id"] for row in ended] == ["5"] and ended[0]["wall_s"] >= 1.0 and ended[0]["display"] == "5"
