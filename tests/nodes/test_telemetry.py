@@ -21,7 +21,7 @@ from balanced_offload.offload.adapters.comfyui_runs_live import ONCE, Live, snap
 from balanced_offload.offload.adapters.comfyui_runs_nodes import POINTS as RING
 from balanced_offload.offload.adapters.comfyui_runs_nodes import NodeTrack
 from balanced_offload.offload.backend import CpuBackend
-from balanced_offload.offload.ledger import Ledger
+from balanced_offload.offload.ledger import CATEGORIES, Ledger
 
 from .report_prompts import Node, Prompts
 
@@ -323,6 +323,37 @@ def test_without_a_run_there_is_no_prompt() -> None:
     assert live.now(None) == snapshot(None) and live.figures["prompt_id"] is None
     live.take(None)
     assert live.figures["points"] == [] and live.figures["vram"]["total"] is None
+
+
+def test_a_nodes_figures_are_the_sums_over_its_marks() -> None:
+    """Against a walk over every mark; three prompts of random nodes, waits and moves."""
+    chance = random.Random(11)
+    for _ in range(3):
+        ledger = Ledger(CpuBackend())
+        ledger.open_run("p")
+        track = NodeTrack("p", ledger)
+        for number in range(12):
+            track.started(str(number), "p")
+            for _ in range(chance.randrange(8)):
+                with ledger.span(chance.choice(["onload", "evict", "other"])):
+                    ledger.note_vram(chance.randrange(1 << 30), 0)
+                with chance.choice([ledger.span("denoise"), ledger.wait("stall")]):
+                    ledger.stage_begin("s", "c", need=None, have=None)
+                    ledger.stage_end(chance.randrange(1 << 30))
+            track.finished(str(number))
+        record = ledger.close_run()
+        marks, row_of = record.marks, {row.id: row for row in track.rows.values()}
+        for entry in track.table(record, moves_known=True):
+            row = row_of[entry["id"]]
+            spans = [(i, marks.t[i + 1] - marks.t[i]) for i in range(row.first_mark, row.last_mark)]
+            for name in ("onload", "stall", "evict"):
+                walked = sum(seconds for i, seconds in spans if CATEGORIES[marks.code[i]] == name)
+                assert entry[f"{name}_s"] == pytest.approx(walked, abs=1e-12)
+            noted = zip(record.vram_at, record.vram_allocated, strict=True)
+            seen = [nbytes for at, nbytes in noted if row.first_mark <= at <= row.last_mark]
+            within = [stage for stage in record.stages if row.first_mark <= stage.first_mark <= row.last_mark]
+            assert entry["peak"] == max([*seen, *(stage.peak for stage in within)], default=None)
+        assert sum(e["onload_s"] for e in track.table(record, moves_known=True)) > 0
 
 
 # ---------------------------------------------------------------------- what it costs
