@@ -18,7 +18,6 @@ Pure functions need no page: tests/browser/unit/*.test.mjs run under Node (test_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,12 +143,8 @@ def here(shared_page: Here) -> Iterator[Here]:
 @pytest.fixture
 def shot(tmp_path: Path) -> Callable[[Any, str], Path]:
     """Writes a picture of a page or a locator -> its path."""
-    folder = Path(os.environ.get("BALANCED_OFFLOAD_SHOTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    if places.why_not() is not None:
+        pytest.skip(str(places.why_not()))
+    from .pages import shooter
 
-    def write(what: Any, name: str, **options: Any) -> Path:
-        path = folder / f"{name}.png"
-        what.screenshot(path=path, **options)
-        return path
-
-    return write
+    return shooter(tmp_path)

@@ -7,7 +7,9 @@ let through unless the test says so by `allow`.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,6 +153,19 @@ class Pages:
         for context in self._contexts:
             context.close()
         self._contexts.clear()
+
+
+def shooter(usual: Path) -> Callable[..., Path]:
+    """Writes PNGs below BALANCED_OFFLOAD_SHOTS, or below `usual`."""
+    folder = Path(os.environ.get("BALANCED_OFFLOAD_SHOTS") or usual)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(what: Any, name: str, **options: Any) -> Path:
+        path = folder / f"{name}.png"
+        what.screenshot(path=path, **options)
+        return path
+
+    return write
 
 
 # ---------------------------------------------------------------------- what a user does
