@@ -103,6 +103,16 @@ def test_where_the_run_fits_auto_sets_no_mark(fits: bool, fit_aware: bool, saved
     assert hint_of("HIGH_MARK_TOO_LOW", run, run).saving_s == pytest.approx(saved)
 
 
+def test_copies_that_are_waited_for_stream_as_well() -> None:
+    run = streaming()
+    run["by_component"][1] |= {"step_bytes": 0, "step_copy_s": None, "blocking_bytes": 40 * GIB, "blocking_copy_s": 8.0}
+    assert hint_of("HIGH_MARK_TOO_LOW", run, run).saving_s == pytest.approx(2.0 - 0.8)  # 4 GiB at 5 GiB/s
+    run["by_component"][1]["blocking_copy_s"] = None  # what loading it costs is not known
+    none_of(run, run)
+    run["by_component"][1] |= {"step_bytes": 20 * GIB, "step_copy_s": 2.0, "blocking_bytes": 60 * GIB}
+    assert hint_of("HIGH_MARK_TOO_LOW", run, run).saving_s == pytest.approx(2.0 / 2 - 0.4)  # half of 8 GiB a step
+
+
 def test_both_runs_have_to_stall() -> None:
     calm = streaming()
     calm["by_component"][1]["stall_s"] = 0.25
@@ -156,6 +166,21 @@ def test_nor_has_a_size_that_the_machine_cut_down() -> None:
 )
 def test_no_claim_without_two_rates_and_a_reason(given: dict[str, Any]) -> None:
     none_of(unpinned(**given), unpinned(**given))
+
+
+def test_nor_has_a_share_that_auto_would_not_exceed() -> None:
+    run = unpinned()
+    run["policy"] = OffloadPolicy(mode="balanced", pinned_ram="50%").to_json()
+    run["resolved"]["pinned_ram"], run["ram"]["pinned"] = 32 * GIB, 31 * GIB
+    hint = hint_of("RAM_PRESSURE", run, run)
+    assert hint.action is None and "as Pinned RAM in the policy allows 32.0 GiB" in hint.sentence
+
+
+@pytest.mark.parametrize(("stall_s", "wall_s", "told"), [(0.3, 20.0, True), (0.29, 20.0, False), (0.29, 5.8, True)])
+def test_what_is_not_worth_a_word(stall_s: float, wall_s: float, told: bool) -> None:
+    run = unpinned(stall_s=stall_s)
+    run["totals"]["wall_s"] = wall_s
+    assert (find(*runs(run, run)).hint is not None) is told
 
 
 @pytest.mark.parametrize(
