@@ -113,8 +113,9 @@ def test_the_strip_of_a_running_node_is_the_event(here: Any, shot: Any) -> None:
     vram |= {"high": 12 * GIB, "low": 4 * GIB, "peak": 12 * GIB + 512 * canned.MIB}
     prompt_id = start(here, SAMPLER, vram=vram, stall_ms=83.0)
     page.wait_for_function(f"() => ({DRAWN})().length")
-    (drawn,) = page.evaluate(DRAWN)
+    drawn, marks = page.evaluate(DRAWN)
     assert drawn["text"] == "VRAM 11.0 GiB, peak 12.5, step moves 83.0 ms"
+    assert marks["text"] == "▼ high 12.0 GiB  ▲ low 4.0 GiB"
     place = page.evaluate(TOP, SAMPLER)
     assert place["left"] <= drawn["x"] < place["right"]
     assert place["top"] - 90 < drawn["y"] < place["top"] - 9, "above the node, outside its box"

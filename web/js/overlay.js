@@ -18,7 +18,7 @@ import { drawLive, drawNotes, LEAST_ZOOM, place, seen, unitOf, unplaced, zoomOf 
 /** @typedef {import("./types.d.ts").NodeRow} NodeRow */
 /** @typedef {import("./types.d.ts").Telemetry} Telemetry */
 /** @typedef {import("./strip.js").Placed} Placed */
-/** @typedef {{node: any, texts: string[], bar: import("./scale.js").Bar | null, box: Placed}} Item */
+/** @typedef {{node: any, texts: string[], bar: import("./scale.js").Bar | null, marks: string, box: Placed}} Item */
 
 export const SETTING = "BalancedOffload.Overlay";
 const TITLE_HEIGHT = 30;
@@ -57,7 +57,7 @@ export function drawOverlay(ctx, area, host, store) {
   const gap = vue ? GAP_DOM : GAP_CANVAS;
   const scale = unitOf(zoom);
   let notes = 0;
-  for (const { node, texts, bar, box } of items) {
+  for (const { node, texts, bar, marks, box } of items) {
     const { pos } = node;
     const x = pos?.[0];
     const y = pos?.[1];
@@ -65,7 +65,7 @@ export function drawOverlay(ctx, area, host, store) {
     const width = Math.max(widthOf(node), vue ? DOM_WIDTH : 0);
     place(box, texts, bar !== null, x, y - titleOf(node) - gap, width, zoom, state.theme.font);
     if (area && !seen(box, area)) continue;
-    if (bar) drawLive(ctx, state.theme, box, scale, bar);
+    if (bar) drawLive(ctx, state.theme, box, scale, bar, marks);
     else state.notes[notes++] = box;
   }
   state.notes.length = notes;
@@ -178,7 +178,7 @@ export function planOf(root, graph, store) {
   for (const [id, row] of rowsByNode(starts, rows)) {
     const text = nodeText(row);
     const node = text ? find(graph, id) : null;
-    if (node) items.push({ node, texts: notes(text), bar: null, box: unplaced() });
+    if (node) items.push({ node, texts: notes(text), bar: null, marks: "", box: unplaced() });
   }
   return items;
 }
@@ -205,7 +205,17 @@ function liveItem(node, live, running) {
   const bar = barOf(live.vram);
   // Between two nodes the last step is still the one of the node before.
   const step = live.node === running && live.step !== null;
-  return { node, bar, box: unplaced(), texts: liveTexts(bar.used, live.vram.peak, step ? { ms: live.stall_ms } : null) };
+  const texts = liveTexts(bar.used, live.vram.peak, step ? { ms: live.stall_ms } : null);
+  return { node, bar, marks: marksText(live.vram), texts, box: unplaced() };
+}
+
+/**
+ * "▼ high 12.0 GiB  ▲ low 4.0 GiB", with the glyphs that the bar has at them; what there is none of is left out.
+ * @param {import("./types.d.ts").Vram} vram
+ */
+function marksText({ high, low }) {
+  const parts = [high === null ? "" : `▼ high ${bytes(high)}`, low === null ? "" : `▲ low ${bytes(low)}`];
+  return parts.filter(Boolean).join("  ");
 }
 
 /**

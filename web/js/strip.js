@@ -131,8 +131,9 @@ export function drawNotes(ctx, theme, boxes, unit) {
  * @param {Placed} box
  * @param {number} unit
  * @param {Bar} bar
+ * @param {string} [marks] what the marks are, written where there is room beside the text
  */
-export function drawLive(ctx, theme, box, unit, bar) {
+export function drawLive(ctx, theme, box, unit, bar, marks = "") {
   const width = box.width / unit;
   ctx.save();
   clean(ctx);
@@ -142,6 +143,10 @@ export function drawLive(ctx, theme, box, unit, bar) {
   outline(ctx, 0, 0, width, LIVE_HEIGHT);
   plate(ctx, theme);
   write(ctx, box.text, PAD, 2 + TEXT_HEIGHT / 2, theme, { halo: false });
+  const right = width - PAD;
+  if (marks && PAD + textWidth(box.text, theme.font) + 2 * PAD + textWidth(marks, theme.font) <= right) {
+    write(ctx, marks, right, 2 + TEXT_HEIGHT / 2, theme, { align: "right", color: theme.muted, halo: false });
+  }
   drawBar(ctx, theme, bar, PAD, 2 + TEXT_HEIGHT + OVERHANG, width - 2 * PAD);
   ctx.restore();
 }

@@ -91,6 +91,18 @@ test("the node that runs has a strip with VRAM, peak and the last step's moves; 
   assert.deepEqual(drawn(host, store), []);
 });
 
+test("the marks are written where there is room for them", () => {
+  const graph = graphOf([nodeOf(5, "KSampler", { size: [700, 100] })]);
+  const [host, store] = [hostOf(graph), new Store()];
+  store.setRunning("p1", "5");
+  store.setTelemetry(telemetry());
+  assert.deepEqual(drawn(host, store)[1], "▼ high 12.0 GiB  ▲ low 4.0 GiB");
+  store.setTelemetry(telemetry({ vram: { ...VRAM, high: null } }));
+  assert.deepEqual(drawn(host, store)[1], "▲ low 4.0 GiB");
+  store.setTelemetry(telemetry({ vram: { ...VRAM, high: null, low: null } }));
+  assert.equal(drawn(host, store).length, 1);
+});
+
 test("figures of another prompt are not drawn at this one's node", () => {
   const store = new Store();
   store.setTelemetry(telemetry({ prompt_id: "p0" }));
