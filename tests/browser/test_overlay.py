@@ -1,4 +1,4 @@
-"""What stands above nodes in a real front end: the event's figures to the pixel, outside the node, and gone when it should.
+"""What stands above nodes in a real front end: the event's figures to the pixel, outside the node, gone when it should.
 
 Texts are taken from the canvas as they are painted, bars from its pixels.
 """
@@ -187,7 +187,7 @@ def test_texts_after_a_run_outlive_a_reload(here: Any, shot: Any) -> None:
     page.wait_for_function(f"() => ({DRAWN})().length")
     look_at(page, SAMPLER, 0.9)
     drawn = page.evaluate(DRAWN)
-    assert [one["text"] for one in drawn][0] == "12.4 s, moves 1.5 s, peak 9.8 GiB"
+    assert drawn[0]["text"] == "12.4 s, moves 1.5 s, peak 9.8 GiB"
     assert len(drawn) == 2
     place = page.evaluate(TOP, SAMPLER)
     assert place["top"] - 60 < drawn[0]["y"] < place["top"] - 9

@@ -1,4 +1,4 @@
-"""The widgets on VRAM Report and Offload Policy: figures of the event and of the report, in no workflow and no prompt."""
+"""The widgets on VRAM Report and Offload Policy: figures of event and report, in no workflow and no prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from . import canned
 from .canned import GIB
-from .pages import api_prompt, load_workflow, queue, saved
+from .pages import ROOT, api_prompt, load_workflow, queue, saved
 
 REPORT, POLICY = ".bo-node-report", ".bo-node-policy"
 SAMPLER, REPORT_ID = "7", "12"
@@ -46,7 +46,8 @@ def clipped(page: Any, place: str) -> list[str]:
           const parts = [...root.querySelectorAll(":scope > * > *")].filter(part => part.offsetHeight);
           for (const [i, part] of parts.entries()) {
             const box = part.getBoundingClientRect();
-            if (box.bottom > frame.bottom + scale || box.right > frame.right + scale) wrong.push(`${part.className} is cut`);
+            const cut = box.bottom > frame.bottom + scale || box.right > frame.right + scale;
+            if (cut) wrong.push(`${part.className} is cut`);
             const next = parts[i + 1]?.getBoundingClientRect();
             if (next && box.bottom > next.top + scale) wrong.push(`${part.className} lies over the next`);
           }
@@ -88,7 +89,9 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
     for part in ("weights", "activations", "others", "free"):
         segment = page.locator(f"{REPORT} .bo-seg[data-part='{part}']")
         assert float(segment.get_attribute("data-value")) == vram[part]
-        assert float(segment.evaluate("e => parseFloat(e.style.width)")) == pytest.approx(100 * vram[part] / canned.TOTAL)
+        assert float(segment.evaluate("e => parseFloat(e.style.width)")) == pytest.approx(
+            100 * vram[part] / canned.TOTAL
+        )
     assert value(page, REPORT, "peak") == vram["peak"]
     assert value(page, REPORT, "step") == pytest.approx(0.2215)
     assert value(page, REPORT, "step_moves") == pytest.approx(0.01425)
@@ -123,7 +126,9 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
 
 
 def check_report(page: Any, report: dict[str, Any], text: str) -> None:
-    page.wait_for_function("([place, text]) => document.querySelector(place)?.value === text", arg=[f"{REPORT} textarea", text])
+    page.wait_for_function(
+        "([place, text]) => document.querySelector(place)?.value === text", arg=[f"{REPORT} textarea", text]
+    )
     page.wait_for_function(
         "([place, text]) => document.querySelector(place)?.textContent.includes(text)",
         arg=[f"{REPORT} .bo-readout", "20 steps"],
@@ -143,7 +148,9 @@ def test_a_run_that_failed_before_the_node_and_one_of_another_workflow(here: Any
     error = {"type": "OOM", "message": "no room"}
     failed = stub.add_run(canned.report("run-1", nodes=("4", SAMPLER, "10"), error=error))
     stub.send("offload.report", {**canned.row(failed), "text": "It ended by an error: no room."})
-    page.wait_for_function("place => document.querySelector(place)?.value.includes('no room')", arg=f"{REPORT} textarea")
+    page.wait_for_function(
+        "place => document.querySelector(place)?.value.includes('no room')", arg=f"{REPORT} textarea"
+    )
     stub.reports.clear()
     stub.add_run(canned.report("run-2", nodes=("4", "11", "10")))  # 11 is no KSampler in this workflow
     page.reload()
@@ -162,11 +169,20 @@ def test_garbage_takes_nothing_with_it(here: Any) -> None:
     for output in (None, {}, {"text": 7, "vram_report": "no"}, {"text": [None, {"a": 1}], "vram_report": [[]]}):
         stub.send("executed", {"node": REPORT_ID, "display_node": REPORT_ID, "output": output, "prompt_id": "run-1"})
     vram = {"weights": "12", "activations": -3, "others": None, "free": [], "high": {}, "total": 0}
-    telemetry = {"v": 9, "prompt_id": "run-1", "node": SAMPLER, "t": -1, "vram": vram, "points": [None, 5, {"step": "x"}]}
+    telemetry = {
+        "v": 9,
+        "prompt_id": "run-1",
+        "node": SAMPLER,
+        "t": -1,
+        "vram": vram,
+        "points": [None, 5, {"step": "x"}],
+    }
     stub.send("executing", {"node": SAMPLER, "display_node": SAMPLER, "prompt_id": "run-1"})
     stub.send("offload.telemetry", {**telemetry, "stall_ms": float("nan"), "components": {"a": 1}, "more": "fields"})
     stub.send("offload.telemetry", telemetry)
-    stub.send("offload.report", {"prompt_id": "run-1", "verdict": 4, "text": None, "totals": [], "nodes": [1, None, {}]})
+    stub.send(
+        "offload.report", {"prompt_id": "run-1", "verdict": 4, "text": None, "totals": [], "nodes": [1, None, {}]}
+    )
     page.wait_for_timeout(400)
     for place, node in ((REPORT, REPORT_ID), (POLICY, "1")):
         look_at(page, node, 0.9)
@@ -177,7 +193,7 @@ def test_garbage_takes_nothing_with_it(here: Any) -> None:
 def test_nothing_is_in_the_workflow_or_the_prompt(here: Any) -> None:
     page = here.page
     look_at(page, REPORT_ID)
-    original = json.loads((canned.HERE.parents[1] / "workflows" / "02-fit-aware-hires.json").read_text(encoding="utf-8"))
+    original = json.loads((ROOT / "workflows" / "02-fit-aware-hires.json").read_text(encoding="utf-8"))
     here.stub.send("offload.report", canned.row(here.stub.add_run(with_our_node("run-1"))))
     page.locator(f"{REPORT} .bo-meter").wait_for(state="visible")
     wanted = {node["id"]: node.get("widgets_values") for node in original["nodes"]}
@@ -239,7 +255,9 @@ class Slow:
 
     def answer(self, index: int) -> None:
         route = self.held[index]
-        route.fulfill(json=canned.marks(**dict(re.findall(r"[?&]([^=&]+)=([^&]*)", route.request.url.replace("%25", "%")))))
+        route.fulfill(
+            json=canned.marks(**dict(re.findall(r"[?&]([^=&]+)=([^&]*)", route.request.url.replace("%25", "%"))))
+        )
 
 
 def set_field(page: Any, name: str, text: str, node: int = 1) -> None:
@@ -293,8 +311,11 @@ def test_a_policys_marks_are_in_step_with_its_inputs(here: Any, shot: Any) -> No
     wait_for_value(page, "high", canned.TOTAL // 4)
     assert page.locator(f"{POLICY} .bo-alarm").is_hidden()
     stub.send("offload.telemetry", canned.telemetry("run-1", SAMPLER, 3, 20, 2.0))
-    page.wait_for_function(f"() => Number(document.querySelector('{POLICY} .bo-seg[data-part=weights]').dataset.value) > 0")
-    assert float(page.locator(f"{POLICY} .bo-mark-high").get_attribute("data-value")) == canned.TOTAL // 4, "the inputs' mark"
+    page.wait_for_function(
+        f"() => Number(document.querySelector('{POLICY} .bo-seg[data-part=weights]').dataset.value) > 0"
+    )
+    high = page.locator(f"{POLICY} .bo-mark-high").get_attribute("data-value")
+    assert float(high) == canned.TOTAL // 4, "the inputs' mark"
     shot(page, f"policy-{here.where}")
 
 
@@ -340,11 +361,15 @@ def test_no_answer_is_said_and_not_shown_as_zero(here: Any) -> None:
     stub.answers["/offload/marks"] = (500, {"error": "the card is away"})
     here.allow(r"status of 500 .*/offload/marks")
     set_field(page, "low", "1GiB")
-    page.wait_for_function(f"() => document.querySelector('{POLICY} .bo-alarm')?.textContent.includes('the card is away')")
+    page.wait_for_function(
+        f"() => document.querySelector('{POLICY} .bo-alarm')?.textContent.includes('the card is away')"
+    )
     wait_for_value(page, "low", None)
     stub.answers["/offload/marks"] = (200, [1, 2])
     set_field(page, "low", "2GiB")
-    page.wait_for_function(f"() => document.querySelector('{POLICY} .bo-alarm')?.textContent.includes('answer is none')")
+    page.wait_for_function(
+        f"() => document.querySelector('{POLICY} .bo-alarm')?.textContent.includes('answer is none')"
+    )
     del stub.answers["/offload/marks"]
     queue(page)  # a run may change what fits: asked again at its end
     page.wait_for_function(f"() => document.querySelector('{POLICY} .bo-alarm')?.hidden")
@@ -357,7 +382,8 @@ def test_the_pack_changes_no_workflow_that_has_its_nodes(open_page: Any) -> None
     for ours in (True, False):
         page = open_page.blank()
         if not ours:
-            page.route("**/extensions/balanced_offload/**", lambda route: route.fulfill(body="", content_type="text/javascript"))
+            empty = {"body": "", "content_type": "text/javascript"}
+            page.route("**/extensions/balanced_offload/**", lambda route, empty=empty: route.fulfill(**empty))
         page.goto(f"{open_page.stub.url}/")
         page.wait_for_function("() => window.app?.graph && window.app.canvas && window.app.extensionManager?.setting")
         page.wait_for_timeout(1500)
