@@ -1,4 +1,4 @@
-"""Invariant: the panel under test is the pack's own, mounted in a page with no front end; its host is the stub's routes.
+"""Invariant: the panel under test is the pack's own, in a page with no front end; its host is the stub's routes.
 
 `mount(page)` leaves `window.bo` there: the store, the host with its settings and what was saved, `unmount`, and the
 readers that make of a message what the panel is handed.
@@ -106,9 +106,9 @@ def cells(page: Page, section: str) -> list[dict[str, str | None]]:
     """The rows of a table: by column, the exact number or else the text."""
     script = """rows => rows.map(row => Object.fromEntries(
       [...row.cells].map(cell => [cell.dataset.figure, cell.dataset.value ?? cell.textContent])))"""
-    found: list[dict[str, str | None]] = page.locator(f".bo-section-{section} .bo-table-box:visible tbody tr").evaluate_all(
-        script
-    )
+    found: list[dict[str, str | None]] = page.locator(
+        f".bo-section-{section} .bo-table-box:visible tbody tr"
+    ).evaluate_all(script)
     return found
 
 
@@ -124,3 +124,13 @@ def axe(page: Page) -> list[str]:
           .map((one) => one.id + ": " + one.nodes.map((node) => node.html + " " + node.failureSummary).join(" ;; "))"""
     )
     return found
+
+
+def shown(page: Page, prompt_id: str) -> None:
+    """Wait until this run's report is what is seen."""
+    page.wait_for_function(
+        "id => bo.store.report(id) && document.querySelector('.bo-picker').value === id"
+        " && !document.querySelector('.bo-body').hidden",
+        arg=prompt_id,
+    )
+    page.wait_for_timeout(60)  # one frame to draw it

@@ -23,7 +23,14 @@ SIZE = {"width": 1600, "height": 400}
 def _node(ident: int, **values: Any) -> dict[str, Any]:
     known = {"mode": "auto", "high": "auto", "never": "", "fit_aware": True, **values}
     widgets = [{"name": name, "value": value, "options": {}} for name, value in known.items()]
-    return {"id": ident, "type": "OffloadPolicy", "title": "Offload Policy", "mode": 0, "inputs": [], "widgets": widgets}
+    return {
+        "id": ident,
+        "type": "OffloadPolicy",
+        "title": "Offload Policy",
+        "mode": 0,
+        "inputs": [],
+        "widgets": widgets,
+    }
 
 
 def _value(page: Page, index: int, field: str) -> Any:
@@ -84,7 +91,8 @@ def test_no_hint_while_a_run_is_on_nor_of_another_run(open_plain: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("Hints", False), ("HiddenHints", "OTHER, FITS_BUT_MOVED"), ("HiddenHints", "FITS_BUT_MOVED")]
+    ("setting", "value"),
+    [("Hints", False), ("HiddenHints", "OTHER, FITS_BUT_MOVED"), ("HiddenHints", "FITS_BUT_MOVED")],
 )
 def test_settings_hide_it_at_once(open_plain: Callable[..., Page], stub: Stub, setting: str, value: Any) -> None:
     _hinted(stub)

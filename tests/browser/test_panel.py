@@ -1,6 +1,6 @@
 """Invariant: the panel shows the report's own figures, to the byte and the millisecond, and the run that it says.
 
-Most tests mount the panel alone (panels.py): what the front end adds is in the tests at the end.
+The panel is mounted alone (panels.py); how it is used, and what the front end adds, is in test_panel_use.py.
 """
 
 from __future__ import annotations
@@ -11,26 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from . import canned, pages, panels
-from .panels import WIDE, cells, ended, figure, mount, pick, tab, telemetry
+from . import canned
+from .panels import cells, ended, figure, mount, pick, shown, tab, telemetry
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from .shared import Here
     from .stub import Stub
-
-OPEN = "BalancedOffload.TogglePanel"
-
-
-def _shown(page: Page, prompt_id: str) -> None:
-    """Wait until this run's report is what is seen."""
-    page.wait_for_function(
-        "id => bo.store.report(id) && document.querySelector('.bo-picker').value === id"
-        " && !document.querySelector('.bo-body').hidden",
-        arg=prompt_id,
-    )
-    page.wait_for_timeout(60)  # one frame to draw it
 
 
 # ---------------------------------------------------------------------- figures
@@ -38,7 +25,7 @@ def test_the_head_has_the_reports_figures(open_plain: Callable[..., Page], stub:
     report = stub.add_run(canned.report("run-1"))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "run-1")
+    shown(page, "run-1")
     totals, peak = report["totals"], report["vram"]["peak"]
     assert figure(page, "peak") == peak
     assert figure(page, "moves") == totals["move_count"]
@@ -66,11 +53,11 @@ def test_tables_hold_the_reports_rows(open_plain: Callable[..., Page], stub: Stu
     )
     rows = cells(page, "components")
     assert [row["component"] for row in rows] == [row["component"] for row in report["by_component"]]
-    for shown, row in zip(rows, report["by_component"], strict=True):
-        assert float(str(shown["resident"])) == row["resident_bytes"] / row["weight_bytes"]
+    for drawn, row in zip(rows, report["by_component"], strict=True):
+        assert float(str(drawn["resident"])) == row["resident_bytes"] / row["weight_bytes"]
         for key in ("moves", "bytes_h2d", "onload_s", "stall_s", "peak", "weight_bytes", "avoidable_bytes"):
-            assert float(str(shown[key])) == row[key], key
-        assert float(str(shown["change_s"])) == pytest.approx(-0.5)
+            assert float(str(drawn[key])) == row[key], key
+        assert float(str(drawn["change_s"])) == pytest.approx(-0.5)
     tab(page, "Nodes")
     rows = cells(page, "nodes")
     assert [row["display"] for row in rows] == [node["display"] for node in report["nodes"]]
@@ -85,13 +72,13 @@ def test_says_what_a_change_is_against(open_plain: Callable[..., Page], stub: St
     stub.add_run(canned.report("alone"))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "alone")
+    shown(page, "alone")
     compared = page.locator(".bo-section-components .bo-compared")
     assert compared.inner_text() == "Change: no comparable run"
     assert {row["change_s"] for row in cells(page, "components")} == {"n/a"}
     stub.add_run(canned.report("again", created="2026-01-31T13:00:00.000Z"))
     page.evaluate("() => bo.host.get('/offload/runs?limit=50').then(b => bo.store.setRuns(bo.readRows(b)))")
-    _shown(page, "again")
+    shown(page, "again")
     assert compared.inner_text().startswith("Change: against ") and "balanced" in compared.inner_text()
 
 
@@ -103,14 +90,14 @@ def test_the_picker_offers_the_last_50_newest_first(open_plain: Callable[..., Pa
     stub.add_run(canned.report("bad", created="2026-01-31T13:00:00Z", error=broken, verdict="oom", complete=False))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "bad")
+    shown(page, "bad")
     options = page.locator(".bo-picker option").evaluate_all("all => all.map(one => [one.value, one.textContent])")
     assert [value for value, _ in options] == ["bad", *(f"run-{i}" for i in range(59, 10, -1))]
     assert options[0][1].startswith("✕ ") and "oom" in options[0][1]
     assert "balanced · 6.45 s · peak 14.1 GiB · partial" in options[1][1]
     assert "no room" in page.locator(".bo-panel-verdict").inner_text()
     pick(page, "run-30")
-    _shown(page, "run-30")
+    shown(page, "run-30")
     assert page.evaluate("() => bo.store.selected") == "run-30"
     pick(page, "bad")
     assert page.evaluate("() => bo.store.selected") is None, "the newest is followed"
@@ -120,7 +107,7 @@ def test_the_run_that_is_on_is_shown_and_its_report_after_it(open_plain: Callabl
     stub.add_run(canned.report("old"))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "old")
+    shown(page, "old")
     places = _layout(page)
     for step in range(1, 6):
         telemetry(page, canned.telemetry("new", "3", step, 20, t=1.0 + step))
@@ -143,16 +130,20 @@ def test_the_run_that_is_on_is_shown_and_its_report_after_it(open_plain: Callabl
     report = stub.add_run(canned.report("new", created="2026-01-31T13:00:00.000Z"))
     page.evaluate("() => bo.store.endRun('new')")
     page.wait_for_timeout(100)
-    assert page.evaluate("() => document.querySelector('.bo-panel').dataset.view") == "now", "the old one does not flash"
+    assert page.evaluate("() => document.querySelector('.bo-panel').dataset.view") == "now", (
+        "the old one does not flash"
+    )
     ended(page, canned.row(report))
-    _shown(page, "new")
+    shown(page, "new")
     assert figure(page, "peak") == report["vram"]["peak"]
     assert page.get_by_role("status").inner_text() == "Run ended: partial, 6.45 s, peak 14.1 GiB."
     assert _layout(page) == places, "nor when it ends"
 
 
 def _layout(page: Page) -> Any:
-    return page.locator(".bo-panel-head, .bo-panel-under, .bo-section-vram, .bo-section-steps, .bo-tables").evaluate_all(
+    return page.locator(
+        ".bo-panel-head, .bo-panel-under, .bo-section-vram, .bo-section-steps, .bo-tables"
+    ).evaluate_all(
         "all => all.map(one => { const b = one.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })"
     )
 
@@ -162,7 +153,7 @@ def test_what_the_user_picked_stays(open_plain: Callable[..., Page], stub: Stub)
         stub.add_run(canned.report(name))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "b")
+    shown(page, "b")
     telemetry(page, canned.telemetry("c", "3", 1, 20))
     page.wait_for_selector(".bo-panel[data-view=now]")
     pick(page, "b")  # the newest, but picked while another was on
@@ -207,7 +198,7 @@ def test_a_download_that_fails_is_said(open_plain: Callable[..., Page], stub: St
     stub.add_run(canned.report("run-1"))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "run-1")
+    shown(page, "run-1")
     stub.answers["/offload/trace/run-1"] = (500, "oops")
     open_plain.__self__.allow("status of 500")  # type: ignore[attr-defined]
     page.locator(".bo-download-trace").click()
@@ -238,7 +229,7 @@ def test_a_server_that_fails_is_said_and_asked_again(open_plain: Callable[..., P
     assert "restart ComfyUI" in problem.inner_text()
     stub.add_run(canned.report("run-1"))
     del stub.answers["/offload/runs"]
-    _shown(page, "run-1")
+    shown(page, "run-1")
     assert problem.is_hidden()
 
 
@@ -257,7 +248,7 @@ def test_a_newer_schema_is_shown_as_far_as_it_is_understood(open_plain: Callable
     report = stub.add_run(canned.report("run-1", schema="offload-report/2", new_field={"x": [1]}))
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "run-1")
+    shown(page, "run-1")
     note = page.locator(".bo-panel-note")
     assert "offload-report/2" in note.inner_text() and "update the pack" in note.inner_text()
     assert figure(page, "peak") == report["vram"]["peak"]
@@ -296,14 +287,16 @@ def test_garbage_is_never_shown_as_a_figure(open_plain: Callable[..., Page], stu
 
 
 def test_markup_in_names_is_text(open_plain: Callable[..., Page], stub: Stub) -> None:
-    evil = "<img src=x onerror=\"window.hacked=1\"><b>bold</b>"
-    report = canned.report("run-1", line=evil, hints=[canned.hint(sentence=evil)], error={"type": evil, "message": evil})
+    evil = '<img src=x onerror="window.hacked=1"><b>bold</b>'
+    report = canned.report(
+        "run-1", line=evil, hints=[canned.hint(sentence=evil)], error={"type": evil, "message": evil}
+    )
     report["by_component"][0]["component"] = report["nodes"][0]["type"] = report["stages"][0]["component"] = evil
     report["timers"][0]["means"] = evil
     stub.add_run(report)
     page = open_plain(size={"width": 1600, "height": 400})
     mount(page)
-    _shown(page, "run-1")
+    shown(page, "run-1")
     for name in ("Nodes", "Timers", "Components"):
         tab(page, name)
     page.locator(".bo-hint-summary").click()
@@ -311,169 +304,3 @@ def test_markup_in_names_is_text(open_plain: Callable[..., Page], stub: Stub) ->
     assert evil in str(cells(page, "components")[0]["component"])
     assert page.locator(".bo-panel img, .bo-panel b").count() == 0
     assert page.evaluate("() => window.hacked") is None
-
-
-# ---------------------------------------------------------------------- sizes, keys, aloud
-def test_wide_and_low_shows_three_columns_without_scrolling(open_plain: Callable[..., Page], stub: Stub) -> None:
-    stub.add_run(canned.report("run-1"))
-    page = open_plain(size={"width": 1600, "height": 300})
-    mount(page, WIDE)
-    _shown(page, "run-1")
-    sizes = page.evaluate(
-        "() => { const p = document.querySelector('.bo-panel');"
-        " return [p.scrollHeight <= p.clientHeight, p.scrollWidth <= p.clientWidth, p.clientHeight] }"
-    )
-    assert sizes == [True, True, 300]
-    boxes = page.locator(".bo-section-vram, .bo-section-steps, .bo-tables").evaluate_all(
-        "all => all.map(one => { const b = one.getBoundingClientRect(); return [b.x, b.right, b.bottom] })"
-    )
-    assert all(bottom <= 300 for _, _, bottom in boxes)
-    assert boxes[0][1] <= boxes[1][0] and boxes[1][1] <= boxes[2][0]
-    assert page.locator("canvas:visible").count() == 2
-
-
-@pytest.mark.parametrize("size", [{"width": 600, "height": 200}, {"width": 320, "height": 160}])
-def test_narrow_and_low_reaches_everything_by_tabs(
-    open_plain: Callable[..., Page], stub: Stub, size: dict[str, int]
-) -> None:
-    stub.add_run(canned.report("run-1", hints=[canned.hint()]))
-    page = open_plain(size={"width": 800, "height": 400})
-    mount(page, size)
-    _shown(page, "run-1")
-    for name in ("VRAM", "Steps", "Components", "Nodes", "Timers"):
-        tab(page, name)
-        panel = page.get_by_role("tabpanel", name=name)
-        panel.scroll_into_view_if_needed()
-        assert panel.is_visible()
-        assert page.get_by_role("tabpanel").count() == 1
-        assert page.evaluate("() => document.querySelector('.bo-panel').scrollWidth") <= size["width"]
-
-
-def test_everything_is_reached_by_keys(open_plain: Callable[..., Page], stub: Stub) -> None:
-    stub.add_run(canned.report("run-1", hints=[canned.hint()]))
-    page = open_plain(size={"width": 1600, "height": 400})
-    mount(page)
-    _shown(page, "run-1")
-    seen = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        seen.append(
-            page.evaluate(
-                "() => { const e = document.activeElement;"
-                " return e === document.body ? '' : e.getAttribute('aria-label') || e.textContent }"
-            )
-        )
-        if not seen[-1]:
-            break
-    text = " | ".join(seen)
-    order = ["Run", "Download the report", "Download the trace", "Turn fit_aware on", "Do not show again", "Why?"]
-    order += ["Zoom in", "VRAM over the run", "Steps", "Components", "By component"]
-    at = [next((i for i, one in enumerate(seen) if one.startswith(name)), None) for name in order]
-    assert None not in at and at == sorted(at), (order, text)  # type: ignore[type-var]
-    page.get_by_role("tab", name="Components").focus()
-    page.keyboard.press("ArrowRight")
-    assert page.get_by_role("tab", name="Nodes").get_attribute("aria-selected") == "true"
-    assert page.evaluate("() => document.activeElement.textContent") == "Nodes"
-    page.keyboard.press("End")
-    assert page.get_by_role("tabpanel", name="Timers").is_visible()
-    page.keyboard.press("Escape")
-    assert page.evaluate("() => document.activeElement === document.body")
-
-
-@pytest.mark.parametrize("theme", ["dark", "light"])
-def test_axe_finds_nothing_serious(open_plain: Callable[..., Page], stub: Stub, theme: str) -> None:
-    stub.add_run(canned.report("run-0"))
-    stub.add_run(canned.report("run-1", hints=[canned.hint()], schema="offload-report/9"))
-    page = open_plain(theme, size={"width": 1600, "height": 500})
-    mount(page, {"width": 1600, "height": 420})
-    _shown(page, "run-1")
-    page.locator(".bo-hint-summary").click()
-    assert panels.axe(page) == []
-    telemetry(page, canned.telemetry("new", "3", 3, 20))
-    page.wait_for_selector(".bo-panel[data-view=now]")
-    page.wait_for_timeout(60)
-    assert panels.axe(page) == []
-
-
-def test_one_live_region_that_speaks_at_the_end_of_a_run(open_plain: Callable[..., Page], stub: Stub) -> None:
-    page = open_plain(size={"width": 1600, "height": 400})
-    mount(page)
-    page.evaluate("() => { window.said = []; new MutationObserver(() => said.push(document.querySelector('.bo-panel-status')"
-                  ".textContent)).observe(document.querySelector('.bo-panel-status'), {childList: true, characterData: true,"
-                  " subtree: true}) }")  # fmt: skip
-    for step in range(1, 11):
-        telemetry(page, canned.telemetry("new", "3", step, 10))
-    page.wait_for_timeout(150)
-    assert page.locator(".bo-panel [aria-live], .bo-panel [role=status], .bo-panel [role=alert]").count() == 1
-    assert page.evaluate("() => said") == []
-    ended(page, canned.row(stub.add_run(canned.report("new", hints=[canned.hint()]))))
-    _shown(page, "new")
-    page.wait_for_timeout(150)
-    assert len(page.evaluate("() => said")) == 1
-
-
-# ---------------------------------------------------------------------- cost and end
-def test_after_unmount_nothing_is_left(open_plain: Callable[..., Page], stub: Stub) -> None:
-    stub.answers["/offload/runs"] = (500, "oops")
-    open_plain.__self__.allow("status of 500")  # type: ignore[attr-defined]
-    page = open_plain(size={"width": 1600, "height": 400})
-    mount(page)
-    page.wait_for_selector(".bo-panel-problem:visible")
-    page.evaluate("() => bo.unmount()")
-    asked = len(stub.asked)
-    telemetry(page, canned.telemetry("new", "3", 1, 10))
-    page.wait_for_timeout(2500)  # longer than the first retry waits
-    assert len(stub.asked) == asked
-    left = page.evaluate(
-        "() => [[...bo.store.listeners.values()].map(s => s.size), [...bo.watchers.values()].map(s => s.size),"
-        " document.querySelectorAll('.bo-panel').length]"
-    )
-    assert left[2] == 0 and not any(left[0]) and not any(left[1])
-
-
-def test_2000_steps_cost_little_a_message(open_plain: Callable[..., Page], stub: Stub) -> None:
-    page = open_plain(size={"width": 1600, "height": 400})
-    mount(page)
-    message = canned.telemetry("long", "3", 1, 2000)
-    message["points"] = [{**message["points"][0], "step": i + 1, "t": 0.2 * i} for i in range(2000)]
-    telemetry(page, message)
-    page.wait_for_selector(".bo-panel[data-view=now]")
-    frames = page.evaluate(
-        """async (message) => {
-          const spent = [];
-          for (let i = 0; i < 20; i += 1) {
-            bo.store.setTelemetry(bo.readTelemetry({ ...message, points: [], t: 400 + i }));
-            const before = performance.now();
-            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-            spent.push(performance.now() - before);
-          }
-          return spent.sort((a, b) => a - b);
-        }""",
-        message,
-    )
-    assert frames[10] < 60, f"two frames with 2,000 steps took {frames[10]:.1f} ms at the median"
-
-
-# ---------------------------------------------------------------------- in the front end
-def test_a_run_and_a_reload_in_the_front_end(here: Here, shot: Callable[..., Any]) -> None:
-    here.stub.steps, here.stub.delay = 5, 0.1
-    pages.command(here.page, OPEN)
-    here.page.wait_for_selector(".bo-panel-empty:visible")
-    pages.queue(here.page)
-    here.page.wait_for_selector(".bo-panel[data-view=now]")
-    here.page.wait_for_selector(".bo-panel[data-view=run] .bo-body:visible")
-    (report,) = here.stub.reports.values()
-    assert figure(here.page, "peak") == report["vram"]["peak"]
-    assert here.page.locator(".bo-picker").input_value() == report["prompt_id"]
-    shot(here.page, f"panel-{here.where}")
-    with here.page.expect_download() as download:
-        here.page.locator(".bo-download-report").click()
-    assert json.loads(download.value.path().read_text(encoding="utf-8"))["prompt_id"] == report["prompt_id"]
-    assert "telemetry" not in json.dumps(pages.saved(here.page))
-    here.page.reload()
-    here.pages.ready(here.page)
-    if not here.page.locator(".bo-panel").is_visible():
-        pages.command(here.page, OPEN)
-    here.page.wait_for_selector(".bo-panel[data-view=run] .bo-body:visible")
-    assert here.page.locator(".bo-picker").input_value() == report["prompt_id"]
-    assert figure(here.page, "moves") == report["totals"]["move_count"]

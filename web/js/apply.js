@@ -152,8 +152,8 @@ function normal(/** @type {string} */ field, /** @type {unknown} */ value) {
 }
 
 /**
- * Which nodes a hint about this policy means: those that spell it, or spell it as the hint would have it since the button
- * was pressed before, else the only one there is.
+ * Which nodes a hint about this policy means: those that spell it, or, as the button was pressed before, that spell what
+ * the hint makes of it; else the only one there is.
  * @param {Found[]} all @param {any} policy @param {Record<string, any>} [set]
  * @returns {{nodes: Found[], changed: boolean}}
  */
@@ -222,10 +222,11 @@ export function applyHint(host, hint, report) {
 
 /** @param {number} count @param {Record<string, any>} set */
 function nobody(count, set) {
-  if (count) return `None of the ${count} Offload Policy nodes has the policy of this run. Set ${whatToSet(set)} in yours.`;
+  const what = whatToSet(set);
+  if (count) return `None of the ${count} Offload Policy nodes has the policy of this run. Set ${what} in yours.`;
   return (
     "This workflow has no Offload Policy node. Add one (category Offload), connect its policy to the node that loads " +
-    `or samples the model, and set ${whatToSet(set)}.`
+    `or samples the model, and set ${what}.`
   );
 }
 
@@ -240,13 +241,13 @@ function plan(nodes, set) {
   const refused = [];
   for (const found of nodes) {
     for (const [field, wanted] of Object.entries(set)) {
-      const label = LABELS.get(field) ?? field;
+      const name = `${LABELS.get(field) ?? field} of ${titleOf(found.node, found.id)}`;
       const place = placeOf(found, field);
-      if (!place) refused.push(`${titleOf(found.node, found.id)} has no input ${label}`);
-      else if (typeof place === "string") refused.push(`${label} of ${titleOf(found.node, found.id)} comes from ${place}`);
+      if (!place) refused.push(`there is no ${name}`);
+      else if (typeof place === "string") refused.push(`${name} comes from ${place}`);
       else {
         const value = asWidget(place.widget, wanted);
-        if (value === undefined) refused.push(`${label} of ${titleOf(found.node, found.id)} cannot be ${shown(wanted)}`);
+        if (value === undefined) refused.push(`${name} cannot be ${shown(wanted)}`);
         else changes.set(place.widget, { place, value });
       }
     }

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Invariant: at most one hint is seen, never one that the user hid, and nothing is changed before its button is pressed.
- * What the button did, or why it did nothing, stands beside it.
+ * Invariant: at most one hint is seen, never one that the user hid, and nothing is changed before its button is
+ * pressed. What the button did, or why it did nothing, stands beside it.
  *
  * A hint's words come from the server and are text, whatever is in them.
  */
@@ -21,15 +21,15 @@ export const HIDDEN = "BalancedOffload.HiddenHints";
 const WHY = new Map([
   [
     "FITS_BUT_MOVED",
-    "All weights of the run and its largest activations fit on the card, yet this component was moved. Moves of a run " +
-      "that fits are avoidable.",
+    "All weights of the run and its largest activations fit on the card, yet this component was moved. Moves of a " +
+      "run that fits are avoidable.",
   ],
   [
     "NO_OFFLOAD_FASTER",
     "Everything fits, with room to spare. Mode none keeps it all resident, and nothing has to be moved or waited for.",
   ],
   ["DECODE_PEAK", "The decode needs more VRAM than is free beside the weights that stay on the card."],
-  ["HIGH_MARK_TOO_LOW", "The high mark makes weights stream in every step although the card has room for more of them."],
+  ["HIGH_MARK_TOO_LOW", "The high mark makes weights stream in every step although more of them would fit."],
   ["RAM_PRESSURE", "RAM is short: copies from memory that cannot be page-locked, or that was swapped out, are slow."],
   ["CORE_DEFAULT_BEST", "ComfyUI's own handling of VRAM was at least as fast in a comparable run."],
 ]);
@@ -106,7 +106,7 @@ export function makeHintBox(host, { say, changed, leave }) {
 
   return {
     element,
-    /** @param {RunRow | Report | null} shown @param {unknown} [hidden] the setting, where it is newer than the host's */
+    /** @param {RunRow | Report | null} shown @param {unknown} [on] the settings @param {unknown} [hidden] */
     update(shown, on = host.setting(HINTS), hidden = host.setting(HIDDEN)) {
       run = shown;
       const now = hintOf(shown, on, hidden);
@@ -126,10 +126,13 @@ export function makeHintBox(host, { say, changed, leave }) {
       setText(act, hint.action?.label ?? "");
       why.open = false;
       rule.textContent = `${WHY.get(hint.code) ?? ""} ${EVIDENCE}`.trim();
-      facts.replaceChildren(...whyOf(hint, shown).flatMap(([key, value]) => [el("dt", "bo-hint-key", key), el("dd", "bo-hint-value", value)]));
+      facts.replaceChildren(...whyOf(hint, shown).flatMap(factOf));
     },
   };
 }
+
+/** @param {[string, string]} fact */
+const factOf = ([key, value]) => [el("dt", "bo-hint-key", key), el("dd", "bo-hint-value", value)];
 
 /** The help page lies beside the scripts. */
 function helpLink() {

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Invariant: the panel draws what the store holds and changes nothing but what is picked in it; after unmount nothing of
- * it listens, waits or draws. What goes wrong is said in words, with what to do.
+ * Invariant: the panel draws what the store holds and changes nothing but what is picked in it; after unmount nothing
+ * of it listens, waits or draws. What goes wrong is said in words, with what to do.
  *
  * One live region: at the end of a run, and after a press of a hint's button, one sentence.
  */
@@ -22,12 +22,16 @@ import { LIMIT, makeLoader, makePicker, NOW, optionsOf, pickedOf, runLabel, view
 const SCHEMA = "offload-report/1";
 /** How long the end of a run waits for its report before the run before it is shown. */
 const PATIENCE_MS = 4000;
+/** Below this width the head's figures stand closer. */
+const NARROW = 700;
 /** Pixels of what stands above the sections where they share one place. */
 const ABOVE = 130;
+const REMEDY_RUNS = "If the pack was just installed or updated, restart ComfyUI; asking again.";
+const REMEDY_REPORT = "The server keeps the last runs until it restarts: pick another run; asking again.";
 const EMPTY =
-  "No run yet. Press Run: after the first prompt this panel shows VRAM over time by component, the steps, and what was " +
-  "moved and what it cost. To say how much VRAM a model may use, add an Offload Policy node (category Offload) and " +
-  "connect it to Model Loader with Offload or Apply Offload Policy; add VRAM Report for the figures on the graph.";
+  "No run yet. Press Run: after the first prompt this panel shows VRAM over time by component, the steps, and what " +
+  "was moved and what it cost. To say how much VRAM a model may use, add an Offload Policy node (category Offload) " +
+  "and connect it to Model Loader with Offload or Apply Offload Policy; add VRAM Report for the figures on the graph.";
 
 /**
  * @param {HTMLElement} place
@@ -102,7 +106,7 @@ export function mountPanel(place, host, store) {
 
     root.dataset.view = view.kind;
     picker.update(pickable(id, view.kind === "now" || running !== null), view.kind === "now" ? NOW : (id ?? ""));
-    figures.update(view.kind === "now" ? liveFigures(store) : run ? figuresOf(run) : liveFigures({ ...store, live: null, points: [] }));
+    figures.update(run ? figuresOf(run) : liveFigures(view.kind === "now" ? store : { live: null, points: [] }));
     figures.element.hidden = view.kind === "empty";
     downloads.update(run ? id : null);
     setText(verdict, run ? verdictOf(run) : view.kind === "now" ? nowText(store) : "");
@@ -120,7 +124,10 @@ export function mountPanel(place, host, store) {
     else if (report) body.showRun(report, beforeRow?.prompt_id ? store.report(beforeRow.prompt_id) : null, beforeRow);
   }
 
-  /** A run that was picked and is not among the rows is still what is shown. @param {string | null} id @param {boolean} now */
+  /**
+   * A run that was picked and is not among the rows is still what is shown.
+   * @param {string | null} id @param {boolean} now
+   */
   function pickable(id, now) {
     const rows = store.runs.slice(0, LIMIT);
     if (id === null || rows.some((row) => row.prompt_id === id)) return optionsOf(rows, now);
@@ -132,11 +139,8 @@ export function mountPanel(place, host, store) {
   /** @param {string | null} id */
   function problemText(id) {
     const found = loader.problem(id);
-    if (found.runs) {
-      return `The list of runs could not be read (${found.runs}). If the pack was just installed or updated, restart ComfyUI; asking again.`;
-    }
-    if (!found.report) return "";
-    return `The report of this run could not be read (${found.report}). The server keeps the last runs until it restarts: pick another run; asking again.`;
+    if (found.runs) return `The list of runs could not be read (${found.runs}). ${REMEDY_RUNS}`;
+    return found.report ? `The report of this run could not be read (${found.report}). ${REMEDY_REPORT}` : "";
   }
 
   /** The run began or ended. */
@@ -207,6 +211,7 @@ export function mountPanel(place, host, store) {
     const wide = body.element.dataset.columns === "three";
     const height = wide && body.element.clientHeight ? body.element.clientHeight : root.clientHeight - ABOVE;
     body.resize(root.clientWidth, height);
+    root.dataset.narrow = String(root.clientWidth < NARROW);
   };
   const resized = new ResizeObserver(() => {
     fit();

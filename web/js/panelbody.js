@@ -19,7 +19,7 @@ import { makeTimeline } from "./timeline.js";
 /** @typedef {import("./table.js").Column} Column */
 
 /** Below this width the sections share one place. */
-const WIDE = 900;
+const WIDE = 1000;
 const ALL = ["vram", "steps", "components", "nodes", "timers"];
 const TABLES = ["components", "nodes", "timers"];
 const OUTSIDE = "(outside the stages)";
@@ -77,15 +77,16 @@ export function makeBody() {
   const spark = makeSized((height) => makeSpark({ label: "VRAM of this run so far", height }), 64);
   const steps = makeSized((height) => makeSteps({ label: "Steps", height }), 104);
   const nowSteps = makeSized((height) => makeSteps({ label: "Steps so far", height }), 104);
-  const components = makeTable({ caption: "By component", columns: COMPONENTS, empty: "Nothing is known of components." });
-  const nowComponents = makeTable({ caption: "Components now", columns: NOW_COMPONENTS, empty: "Nothing is known of components." });
+  const empty = "Nothing is known of components.";
+  const components = makeTable({ caption: "By component", columns: COMPONENTS, empty });
+  const nowComponents = makeTable({ caption: "Components now", columns: NOW_COMPONENTS, empty });
   const nodes = makeTable({ caption: "By node", columns: NODES, empty: "Nothing is known of nodes." });
   const timers = makeTable({ caption: "Where the time went", columns: TIMERS, empty: "This report has no timers." });
   const parts = [timeline, meter, spark, steps, nowSteps, components, nowComponents, nodes, timers];
 
   const compared = [el("p", "bo-compared"), el("p", "bo-compared")];
   const waits = [el("p", "bo-muted", AT_END), el("p", "bo-muted", AT_END)];
-  const ofRun = [timeline.element, steps.element, components.element, compared[0], nodes.element, compared[1], timers.element];
+  const ofRun = [timeline, steps, components, nodes, timers].map((part) => part.element).concat(compared);
   const ofNow = [meter.element, spark.element, nowSteps.element, nowComponents.element, ...waits];
   const sections = [
     sectionOf("vram", "VRAM", [timeline.element, meter.element, spark.element]),
@@ -119,7 +120,7 @@ export function makeBody() {
     element,
     tabs,
     /**
-     * The list of tabs stands where it belongs: over all sections, or over the tables; pictures take the height there is.
+     * The list of tabs stands where it belongs: over all sections, or over the tables; pictures are as high as fits.
      * @param {number} width @param {number} height of the place for the sections
      */
     resize(width, height) {
@@ -205,8 +206,8 @@ export function pointSteps(points) {
   let last = null;
   for (const point of points) {
     const { step_ms, stall_ms, moved, node, t } = point;
-    const same = last !== null && last.node === node;
-    const before = same ? /** @type {import("./types").Point} */ (last).moved : null;
+    // Between a boundary that ends no step and this one may lie more than a step.
+    const before = last !== null && last.node === node && last.step_ms !== null ? last.moved : null;
     if (step_ms !== null) {
       steps.push({
         ...{ node, i: point.step === null ? steps.length : Math.max(0, point.step - 1), count: 1 },

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Invariant: the figures in the head are the run's own, exact behind the shown text, in places that stay the same whether
- * a run is on or has ended; what is not known is n/a.
+ * Invariant: the figures in the head are the run's own, exact behind the shown text, in places that stay the same
+ * whether a run is on or has ended; what is not known is n/a.
  */
 import { button, el, setText, setValue } from "./dom.js";
 import { bytes, count, pair, seconds } from "./format.js";
@@ -12,10 +12,13 @@ import { bytes, count, pair, seconds } from "./format.js";
 /** @typedef {{wall: number | null, peak: number | null, total: number | null, moves: number | null,
  *   moved_bytes: number | null, stall: number | null, onload: number | null}} Figures */
 
+/** @param {Figures} figures */
+const peakText = ({ peak, total }) => (total === null ? bytes(peak) : pair(peak, total));
+
 /** @type {[keyof Figures, string, string, (figures: Figures) => string][]} */
 const SHOWN = [
   ["wall", "Time", "From the first mark of the run to its last", ({ wall }) => seconds(wall)],
-  ["peak", "Peak", "Most VRAM that was in use at once", ({ peak, total }) => (total === null ? bytes(peak) : pair(peak, total))],
+  ["peak", "Peak", "Most VRAM that was in use at once", peakText],
   ["moves", "Moves", "Copies from RAM to VRAM; evictions copy nothing", ({ moves }) => count(moves)],
   ["moved_bytes", "Moved", "Bytes copied from RAM to VRAM", (figures) => bytes(figures.moved_bytes)],
   ["onload", "Onload", "Blocked on a copy outside a step", ({ onload }) => seconds(onload)],
@@ -35,7 +38,10 @@ export function figuresOf({ totals, vram }) {
   };
 }
 
-/** What is known while the run is on: moves and onload are counted at its end. @param {StoreLike} store @returns {Figures} */
+/**
+ * What is known while the run is on: moves and onload are counted at its end.
+ * @param {Pick<StoreLike, "live" | "points">} store @returns {Figures}
+ */
 export function liveFigures({ live, points }) {
   /** @type {Figures} */
   const none = { wall: null, peak: null, total: null, moves: null, moved_bytes: null, stall: null, onload: null };
@@ -101,7 +107,8 @@ export function makeDownloads(host, told) {
     }
   };
   const report = button("Report", "Download the report of this run as JSON", () => void fetch("report"));
-  const trace = button("Trace", "Download the trace of this run, for ui.perfetto.dev or chrome://tracing", () => void fetch("trace"));
+  const help = "Download the trace of this run, for ui.perfetto.dev or chrome://tracing";
+  const trace = button("Trace", help, () => void fetch("trace"));
   report.classList.add("bo-download-report");
   trace.classList.add("bo-download-trace");
   element.append(report, trace);

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Invariant: the panel shows the run that the user picked, else the one that is on, else the newest; what the server did
- * not answer is asked for again, ever more seldom, and said in words until it comes.
+ * Invariant: the panel shows the run that the user picked, else the one that is on, else the newest; what the server
+ * did not answer is asked for again, ever more seldom, and said in words until it comes.
  *
  * The server keeps the runs, so that a reload of the page loses none.
  */
@@ -19,8 +19,11 @@ export const NOW = "now:";
 const FIRST_WAIT = 2000;
 const LAST_WAIT = 30000;
 
-/** What is to be seen, from what is on, kept and picked. `waiting`: a run ended whose row has not come yet.
- * @param {{running: unknown, runs: readonly RunRow[], selected: string | null, waiting: boolean}} state @returns {View} */
+/**
+ * What is to be seen, from what is on, kept and picked. `waiting`: a run ended whose row has not come yet.
+ * @param {{running: unknown, runs: readonly RunRow[], selected: string | null, waiting: boolean}} state
+ * @returns {View}
+ */
 export function viewOf({ running, runs, selected, waiting }) {
   if (selected !== null) return { kind: "run", id: selected };
   if (running || waiting) return { kind: "now" };
@@ -29,8 +32,8 @@ export function viewOf({ running, runs, selected, waiting }) {
 }
 
 /**
- * What a pick means: null follows the run that is on and then the newest. While a run is on, every other pick stays; with
- * none on, the newest is where following leads anyway.
+ * What a pick means: null follows the run that is on and then the newest. While a run is on, every other pick stays;
+ * with none on, the newest is where following leads anyway.
  * @param {string} value @param {{running: unknown, runs: readonly RunRow[]}} state @returns {string | null}
  */
 export function pickedOf(value, { running, runs }) {

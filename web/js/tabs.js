@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * Invariant: exactly one of the tabs that are offered is selected, one Tab stop leads to them and the arrow keys from one
- * to the next; a section that is no tab at the moment is always seen.
+ * Invariant: exactly one of the tabs that are offered is selected, one Tab stop leads to them and the arrow keys from
+ * one to the next; a section that is no tab at the moment is always seen.
  */
 import { el, setAttr } from "./dom.js";
 

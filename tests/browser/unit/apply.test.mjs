@@ -9,7 +9,8 @@ const POLICY = { ...FIELDS, never: [], always: [], reserve: 0, schema: "offload-
 function policyNode(id, values = {}, more = {}) {
   const widgets = Object.entries({ ...FIELDS, ...values }).map(([name, value]) => ({ name, value, options: {} }));
   widgets[0].options.values = ["auto", "none", "balanced", "model", "sequential"];
-  return { id, type: "OffloadPolicy", comfyClass: "OffloadPolicy", title: "Offload Policy", mode: 0, inputs: [], widgets, ...more };
+  const kind = { type: "OffloadPolicy", comfyClass: "OffloadPolicy", title: "Offload Policy" };
+  return { id, ...kind, mode: 0, inputs: [], widgets, ...more };
 }
 const value = (node, field) => node.widgets.find((one) => one.name === field).value;
 const hint = (set) => ({ code: "FITS_BUT_MOVED", action: { set, label: "Do it" } });
@@ -26,7 +27,8 @@ function hostOf(root) {
 /** An Offload Policy inside a subgraph whose `fit_aware` is an input of the subgraph node "3". */
 function nested() {
   const inner = policyNode(7, {}, { inputs: [{ name: "fit_aware", widget: { name: "fit_aware" } }] });
-  const subgraph = { nodes: [inner], links: new Map([[5, { origin_id: -10, origin_slot: 0, target_id: 7, target_slot: 0 }]]) };
+  const link = { origin_id: -10, origin_slot: 0, target_id: 7, target_slot: 0 };
+  const subgraph = { nodes: [inner], links: new Map([[5, link]]) };
   const widget = { name: "fit_aware", value: false, options: {} };
   const outer = { id: 3, type: "uuid", title: "Group", mode: 0, subgraph, widgets: [widget] };
   outer.inputs = [{ name: "fit_aware", widget: { name: "fit_aware" } }];
@@ -124,7 +126,7 @@ test("a subgraph inside itself ends", () => {
 
 test("an input that this node lacks, or a value that it cannot hold, changes nothing", () => {
   for (const [set, text] of [
-    [{ mode: "none", shiny: 1 }, /has no input shiny/],
+    [{ mode: "none", shiny: 1 }, /there is no shiny of/],
     [{ fit_aware: true, mode: "fast" }, /Mode of .* cannot be fast/],
     [{ fit_aware: "yes" }, /Fit-aware of .* cannot be yes/],
   ]) {
@@ -173,7 +175,8 @@ test("values as a widget holds them", () => {
 });
 
 test("what to set is said in the words of the node", () => {
-  assert.equal(whatToSet({ fit_aware: false, never: ["t5", "vae"], x: 1 }), "Fit-aware to off, Never offload to t5, vae, x to 1");
+  const said = "Fit-aware to off, Never offload to t5, vae, x to 1";
+  assert.equal(whatToSet({ fit_aware: false, never: ["t5", "vae"], x: 1 }), said);
 });
 
 test("which nodes are meant", () => {

@@ -1,10 +1,11 @@
 // Which run is shown, what the picker says, and how what failed is asked for again.
 import assert from "node:assert/strict";
 import { mock, test } from "node:test";
-import { LIMIT, makeLoader, makeRetry, NOW, optionsOf, pickedOf, runLabel, timeOf, viewOf } from "../../../web/js/runs.js";
+import * as picking from "../../../web/js/runs.js";
 import { Store } from "../../../web/js/store.js";
 import { readRow } from "../../../web/js/wire.js";
 
+const { LIMIT, makeLoader, makeRetry, NOW, optionsOf, pickedOf, runLabel, timeOf, viewOf } = picking;
 const GIB = 2 ** 30;
 const row = (prompt_id, over = {}) =>
   readRow({
