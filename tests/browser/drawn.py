@@ -1,4 +1,4 @@
-"""Invariant: a part is put on an empty page as the panel puts it: in a box of a known width, with its style sheet loaded.
+"""Invariant: a part is put on an empty page as the panel puts it: in a box of a known width, with its style sheet.
 
 `put(page, "meter", "makeMeter", {...}, width)` leaves the part as `window.part` and its element in <main>.
 """
@@ -37,7 +37,7 @@ COLUMN = """([x, from, to]) => {
   return Array.from({ length: height }, (_, i) => [...data.slice(i * 4, i * 4 + 4)]);
 }"""
 
-BOXES = """(selector) => [...document.querySelectorAll(selector)].filter((one) => one.checkVisibility?.() ?? true).map((one) => {
+BOXES = """(selector) => [...document.querySelectorAll(selector)].filter((one) => one.checkVisibility()).map((one) => {
   const { left, top, right, bottom } = one.getBoundingClientRect();
   return { text: one.textContent, left, top, right, bottom };
 })"""

@@ -125,7 +125,7 @@ def test_labels_lie_on_nothing(open_plain: Callable[..., Any]) -> None:
         width = dice.choice([140, 200, 260, 380])
         marks = {name: dice.choice([None, dice.randrange(0, 18 * GIB)]) for name in ("high", "low", "peak")}
         page.evaluate(
-            "([vram, width]) => { document.querySelector('main').style.width = width + 'px'; window.part.update(vram); }",
+            "([vram, width]) => { document.querySelector('main').style.width = `${width}px`; part.update(vram); }",
             [{**VRAM, **marks}, width],
         )
         page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -181,7 +181,8 @@ CONTRAST = """async () => {
     const own = [...one.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
     if (!own || !one.checkVisibility() || one.closest(".bo-hidden, caption")) continue;
     const style = getComputedStyle(one);
-    out.push([one.className || one.tagName, one.textContent, contrast(parseColor(style.color), behind(one)), parseFloat(style.fontSize)]);
+    const seen = contrast(parseColor(style.color), behind(one));
+    out.push([one.className || one.tagName, one.textContent, seen, parseFloat(style.fontSize)]);
   }
   return out;
 }"""
@@ -206,7 +207,10 @@ def test_every_text_can_be_read_and_every_button_hit(open_plain: Callable[..., A
             assert box["bottom"] - box["top"] >= 24 and box["right"] - box["left"] >= 24, box
 
 
-STEPS = [{"node": "5", "i": i, "compute_s": 0.4, "stall_s": 0.1, "overlapped_s": 0.2, "bytes_h2d": MIB, "count": 1} for i in range(4)]
+STEPS = [
+    {"node": "5", "i": i, "compute_s": 0.4, "stall_s": 0.1, "overlapped_s": 0.2, "bytes_h2d": MIB, "count": 1}
+    for i in range(4)
+]
 COURSE = {
     "end_s": 4,
     "components": [{"name": "unet", "points": [[0, GIB], [2, 3 * GIB]]}],
@@ -217,8 +221,16 @@ COURSE = {
     **{"total": 4 * GIB, "high": 3 * GIB, "low": GIB},
 }
 
-LIGHT = {"comfy-menu-bg": "#ffffff", "input-text": "#222", "descrip-text": "#444", "border-color": "#888", "comfy-input-bg": "#c9c9c9"}
-PALETTE = "values => Object.entries(values).forEach(([name, value]) => document.documentElement.style.setProperty('--' + name, value))"
+LIGHT = {
+    "comfy-menu-bg": "#ffffff",
+    "input-text": "#222",
+    "descrip-text": "#444",
+    "border-color": "#888",
+    "comfy-input-bg": "#c9c9c9",
+}
+PALETTE = """values => {
+  for (const [name, value] of Object.entries(values)) document.documentElement.style.setProperty("--" + name, value);
+}"""
 
 
 def test_a_new_palette_is_worn_at_once(open_plain: Callable[..., Any]) -> None:

@@ -18,6 +18,9 @@ TOP, BOTTOM = 16, 17
 """What a picture of steps keeps free above and below its columns."""
 
 
+LEAKED = "() => { window.leaked = []; addEventListener('keydown', (event) => window.leaked.push(event.key)); }"
+
+
 def step(i: int, **more: Any) -> dict[str, Any]:
     known = {"node": "5", "i": i, "compute_s": 0.4, "stall_s": 0.1, "overlapped_s": 0.0, "bytes_h2d": MIB, "count": 1}
     return {**known, **more}
@@ -29,7 +32,7 @@ def test_a_columns_height_is_the_steps_time(open_plain: Callable[..., Any], shot
     page = open_plain(theme=theme, size={"width": width + 40, "height": 400}, device_scale_factor=2)
     put(page, "bars", "makeSteps", {"label": "Steps", "height": 160, "compact": True}, width)
     slow = step(1, compute_s=1.0, stall_s=1.0, overlapped_s=0.5)
-    update(page, [step(0), slow, step(2, compute_s=None, stall_s=None), step(3)])
+    update(page, [step(0), slow, step(2, compute_s=None, stall_s=None), step(3, compute_s=1.5, stall_s=0)])
     room, bottom = 160 - TOP - BOTTOM, 160 - BOTTOM
     ink = rgb(page, "compute")
 
@@ -38,6 +41,7 @@ def test_a_columns_height_is_the_steps_time(open_plain: Callable[..., Any], shot
         return [TOP - 4 + i / 2 for i, pixel in enumerate(pixels) if like(pixel, ink, 40)]
 
     assert min(solid(0)) == pytest.approx(bottom - 0.4 / 2 * room, abs=1)
+    assert min(solid(3)) == pytest.approx(bottom - 1.5 / 2 * room, abs=1)
     assert min(solid(1)) == pytest.approx(bottom - 1.0 / 2 * room, abs=1)
     # The upper half of the slow step's compute is solid, the lower has the holes of the hatch.
     upper = [y for y in solid(1) if y < bottom - 0.25 * room - 1]
@@ -55,13 +59,13 @@ def test_a_columns_height_is_the_steps_time(open_plain: Callable[..., Any], shot
     ]
     assert outline and min(outline) == pytest.approx(TOP, abs=1.5) and max(outline) <= TOP + 2
     assert not solid(2)  # n/a is no height
-    assert "4 steps, slowest 2.00 s, stall 1.20 s" in page.locator(".bo-readout").inner_text()
+    assert "4 steps, slowest 2.00 s, stall 1.10 s" in page.locator(".bo-readout").inner_text()
     shot(page, f"draw-steps-{theme}-{width}")
 
 
 def test_steps_by_the_keyboard(open_plain: Callable[..., Any]) -> None:
     page = open_plain()
-    page.evaluate("() => { window.leaked = []; addEventListener('keydown', (event) => window.leaked.push(event.key)); }")
+    page.evaluate(LEAKED)
     put(page, "bars", "makeSteps", {"label": "Steps"})
     update(page, [step(i, stall_s=i / 10) for i in range(20)])
     page.locator("canvas").focus()
@@ -163,7 +167,7 @@ def test_an_areas_height_is_its_bytes(open_plain: Callable[..., Any], shot: Any,
 
 def test_the_timeline_by_the_keyboard(open_plain: Callable[..., Any]) -> None:
     page = open_plain()
-    page.evaluate("() => { window.leaked = []; addEventListener('keydown', (event) => window.leaked.push(event.key)); }")
+    page.evaluate(LEAKED)
     put(page, "timeline", "makeTimeline", {"label": "VRAM"}, 600)
     update(page, {**COURSE, "ooms": [{"t": 3, "text": "tried 2.0 GiB"}]})
     readout = page.locator(".bo-readout")
@@ -307,7 +311,7 @@ CHURN = """async ([times, course, steps, vram]) => {
     await Promise.all(["timeline", "bars", "meter", "spark"].map((name) => import(base + name + ".js")));
   const main = document.querySelector("main");
   for (let i = 0; i < times; i += 1) {
-    const parts = [makeTimeline({ label: "a" }), makeSteps({ label: "b" }), makeMeter({ label: "c" }), makeSpark({ label: "d" })];
+    const parts = [makeTimeline, makeSteps, makeMeter, makeSpark].map((make) => make({ label: "a" }));
     for (const part of parts) main.append(part.element);
     [course, steps, vram, [{ t: 0, used: i }]].forEach((value, at) => parts[at].update(value));
     if (i % 10 === 0) await new Promise((done) => requestAnimationFrame(done));
@@ -334,7 +338,8 @@ def test_the_heap_is_flat_over_a_long_run(open_plain: Callable[..., Any]) -> Non
     page = open_plain()
     put(page, "bars", "makeSteps", {"label": "Steps"})
     live = """(count) => {
-      const steps = Array.from({ length: 2000 }, (_, i) => ({ node: "5", i, compute_s: 0.4, stall_s: 0.1, overlapped_s: 0.2, bytes_h2d: 1, count: 1 }));
+      const one = { node: "5", compute_s: 0.4, stall_s: 0.1, overlapped_s: 0.2, bytes_h2d: 1, count: 1 };
+      const steps = Array.from({ length: 2000 }, (_, i) => ({ ...one, i }));
       for (let i = 0; i < count; i += 1) window.part.update(steps);
     }"""
     page.evaluate(live, 200)

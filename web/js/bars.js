@@ -1,6 +1,7 @@
 /**
- * Invariant: a column's height is the step's time, compute and stall on top of each other; copies that ran behind compute
- * cost nothing and add no height. Where a pixel has several steps it shows the slowest of them, and says so.
+ * Invariant: a column's height is the step's time, compute and stall on top of each other; copies that ran behind
+ * compute cost nothing and add no height. Where a pixel has several steps it shows the slowest of them, and says
+ * so.
  */
 import { makeBehind } from "./behind.js";
 import { attachControl } from "./control.js";
@@ -56,10 +57,17 @@ export function makeSteps({ label, onSelect, height = 120, compact = false }) {
     },
   });
   const readout = el("p", "bo-readout");
-  const behind = makeBehind({ caption: `${label}, as a table`, columns: COLUMNS, rows: () => steps.map(rowOf), unseen: compact });
+  const behind = makeBehind({
+    caption: `${label}, as a table`,
+    columns: COLUMNS,
+    rows: () => steps.map(rowOf),
+    unseen: compact,
+  });
   const legend = makeLegend("What the columns show");
   if (!compact) {
-    legend.update(["compute", "stall", "overlapped"].map((key) => ({ key, title: PARTS[key].title, fill: PARTS[key].fill })));
+    legend.update(
+      ["compute", "stall", "overlapped"].map((key) => ({ key, title: PARTS[key].title, fill: PARTS[key].fill })),
+    );
     element.append(surface.canvas, readout, legend.element, behind.element);
   } else element.append(surface.canvas, readout, behind.element);
 
@@ -172,8 +180,9 @@ export function stepText(step) {
   const { compute_s, stall_s, overlapped_s, bytes: moved } = step.each;
   const many = step.count > 1 ? ", each on average" : "";
   const node = step.node === null ? "" : `, node ${step.node}`;
+  const word = step.count > 1 ? "steps" : "step";
   return (
-    `${step.count > 1 ? "steps" : "step"} ${step.name}${node}${many}: compute ${seconds(compute_s)}, stall ${seconds(stall_s)}, ` +
+    `${word} ${step.name}${node}${many}: compute ${seconds(compute_s)}, stall ${seconds(stall_s)}, ` +
     `copies behind compute ${seconds(overlapped_s)}, moved ${bytes(moved)}`
   );
 }
@@ -186,7 +195,10 @@ export function stepText(step) {
 function summary(steps, brief) {
   if (!steps.length) return "no steps yet";
   const count = steps.reduce((all, step) => all + step.count, 0);
-  const wall = steps.reduce((/** @type {number | null} */ top, step) => (step.wall === null ? top : Math.max(top ?? 0, step.wall)), null);
+  const wall = steps.reduce(
+    (/** @type {number | null} */ top, step) => (step.wall === null ? top : Math.max(top ?? 0, step.wall)),
+    null,
+  );
   const begin = `${count} ${count === 1 ? "step" : "steps"}, slowest ${seconds(wall)}`;
   if (brief) return `${begin}, stall ${seconds(sumOf(steps, "stall_s"))}, moved ${bytes(sumOf(steps, "bytes"))}`;
   return (
@@ -237,7 +249,8 @@ function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
   }
   ctx.lineWidth = 1;
   ctx.strokeStyle = theme.grid;
-  for (const tick of left ? marks : []) line(ctx, left, Math.round(bottom - y(tick)) + 0.5, width, Math.round(bottom - y(tick)) + 0.5);
+  for (const tick of left ? marks : [])
+    line(ctx, left, Math.round(bottom - y(tick)) + 0.5, width, Math.round(bottom - y(tick)) + 0.5);
   const buckets = bucketsOf(steps, view, share, LEAST_COLUMN);
   for (const bucket of buckets) {
     const x0 = left + bucket.from * share;
@@ -254,7 +267,13 @@ function draw(ctx, { width, height, theme }, { steps, view, left, chosen }) {
   ctx.strokeStyle = theme.border;
   ctx.lineWidth = 1;
   line(ctx, left, bottom + 0.5, width, bottom + 0.5);
-  if (left) for (const tick of [0, ...marks]) write(ctx, tick ? seconds(tick) : "0", left - 6, Math.max(6, bottom - y(tick)), theme, { align: "right", color: theme.muted, halo: false });
+  if (left)
+    for (const tick of [0, ...marks])
+      write(ctx, tick ? seconds(tick) : "0", left - 6, Math.max(6, bottom - y(tick)), theme, {
+        align: "right",
+        color: theme.muted,
+        halo: false,
+      });
   names(ctx, { width, height, theme }, { steps, view, left });
   return Math.max(...buckets.map((bucket) => bucket.last - bucket.first + 1));
 }

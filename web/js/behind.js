@@ -1,6 +1,6 @@
 /**
- * Invariant: behind every canvas lies a real table of the same figures. It is made when somebody opens it, and follows at
- * most once a second: nobody pays for a table that nobody reads.
+ * Invariant: behind every canvas lies a real table of the same figures. It is made when somebody opens it, and
+ * follows at most once a second: nobody pays for a table that nobody reads.
  */
 import { el } from "./dom.js";
 import { makeTable } from "./table.js";

@@ -1,6 +1,6 @@
 /**
- * Invariant: what a pointer can do, the keys can do; a key or wheel that we act on goes no further, any other is left to
- * the host, whose own shortcuts listen on the window.
+ * Invariant: what a pointer can do, the keys can do; a key or wheel that we act on goes no further, any other is
+ * left to the host, whose own shortcuts listen on the window.
  */
 
 /** @typedef {import("./scale.js").View} View */

@@ -1,6 +1,6 @@
 /**
- * Invariant: whoever dresses an element undresses it; one observer of the host's palette serves all of them and goes with
- * the last. The style sheet is added once per document.
+ * Invariant: whoever dresses an element undresses it; one observer of the host's palette serves all of them and
+ * goes with the last. The style sheet is added once per document.
  */
 import { theme } from "./look.js";
 
@@ -29,10 +29,11 @@ export function ensureStyle() {
 }
 
 /**
- * Gives `element` the look: class bo-root, the colours as CSS variables (--bo-weights ...), again when the palette changes.
+ * Gives `element` the look: class bo-root, the colours as CSS variables (--bo-weights ...), and again when the
+ * palette changes.
  * @param {HTMLElement} element
  * @param {(theme: Theme) => void} [changed] called on every change after the first
- * @returns {{theme: () => Theme, refresh: () => void, off: () => void}} `refresh` measures again, as after it was mounted
+ * @returns {{theme: () => Theme, refresh: () => void, off: () => void}} refresh: measure again, as once it is mounted
  */
 export function dress(element, changed) {
   ensureStyle();

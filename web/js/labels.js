@@ -23,7 +23,10 @@ export function placeLabels(labels, width, rows = 2) {
   labels.forEach((_, i) => {
     for (let row = 0; row < rows; row += 1) {
       const here = [...taken[row], i];
-      const lefts = spread(here.map((n) => labels[n]), width);
+      const lefts = spread(
+        here.map((n) => labels[n]),
+        width,
+      );
       if (!lefts) continue;
       taken[row] = here;
       here.forEach((n, k) => {

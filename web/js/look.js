@@ -1,6 +1,6 @@
 /**
- * Invariant: one grammar of colour, pattern and glyph for canvas and DOM, measured against the background that is really
- * there: text keeps 4.5:1, graphic edges 3:1, in any palette of the host. Nothing happens on import.
+ * Invariant: one grammar of colour, pattern and glyph for canvas and DOM, measured against the background that is
+ * really there: text keeps 4.5:1, graphic edges 3:1, in any palette of the host. Nothing happens on import.
  *
  * Colours are Okabe and Ito's, which stay apart for colour-blind people; a pattern and a text say the same again.
  */
@@ -162,7 +162,7 @@ function parse(color) {
  */
 export function theme(element) {
   const root = document.documentElement;
-  const place = element?.isConnected ? element : document.body ?? root;
+  const place = element?.isConnected ? element : (document.body ?? root);
   const vars = getComputedStyle(place);
   const read = (/** @type {string} */ name) => vars.getPropertyValue(name).trim();
   return themeOn(cssColor(behind(place)), {

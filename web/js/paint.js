@@ -1,6 +1,6 @@
 /**
- * Invariant: what is drawn on a canvas follows look.js: a colour always comes with a pattern, a glyph or a text, and every
- * line has an edge of the background's colour, so that it can be seen on whatever lies below.
+ * Invariant: what is drawn on a canvas follows look.js: a colour always comes with a pattern, a glyph or a text,
+ * and every line has an edge of the background's colour, so that it can be seen on whatever lies below.
  */
 
 /** @typedef {import("./look.js").Theme} Theme */

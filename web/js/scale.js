@@ -1,5 +1,6 @@
 /**
- * Invariant: pure arithmetic from figures to places; what is unknown (null, NaN, negative) stays null and takes no place.
+ * Invariant: pure arithmetic from figures to places; what is unknown (null, NaN, negative) stays null and takes no
+ * place.
  */
 
 /**
@@ -113,7 +114,7 @@ export function ticksBetween(from, to, most, base = 10) {
 export function roundStep(least, base) {
   if (base === 1024) return Math.max(1, 2 ** Math.ceil(Math.log2(least) - 1e-9));
   const power = 10 ** Math.floor(Math.log10(least) + 1e-9);
-  return (/** @type {number} */ ([1, 2, 5, 10].find((n) => n * power >= least * (1 - 1e-9)))) * power;
+  return /** @type {number} */ ([1, 2, 5, 10].find((n) => n * power >= least * (1 - 1e-9))) * power;
 }
 
 /**

@@ -1,6 +1,6 @@
 /**
- * Invariant: one column of pixels shows the highest sample that falls into it, a gap stays a gap, and a clock that is set
- * back never bends the line back.
+ * Invariant: one column of pixels shows the highest sample that falls into it, a gap stays a gap, and a clock that
+ * is set back never bends the line back.
  */
 import { el, setAttr, setText } from "./dom.js";
 import { bytes, seconds } from "./format.js";

@@ -1,6 +1,6 @@
 /**
- * Invariant: pure; one column of pixels shows the moment of its span at which most was held, with every component as it was
- * at that moment: the picture keeps each peak and never shows an amount that was not there at once.
+ * Invariant: pure; one column of pixels shows the moment of its span at which most was held, with every component
+ * as it was at that moment: the picture keeps each peak and never shows an amount that was not there at once.
  */
 import { known, monotone } from "./scale.js";
 
@@ -10,7 +10,7 @@ import { known, monotone } from "./scale.js";
  * @property {string[]} names
  * @property {Float64Array} times ascending
  * @property {Float64Array[]} values one row per component, then (last) what the allocator held; NaN before it is known
- * @property {Float64Array} height what is drawn at that moment: the components' sum, or what the allocator held where more
+ * @property {Float64Array} height what is drawn: the components' sum, or what the allocator held where that is more
  * @property {number} peak the greatest height
  */
 
@@ -19,9 +19,13 @@ import { known, monotone } from "./scale.js";
  * @returns {Stack}
  */
 export function stackOf(model) {
-  const components = (Array.isArray(model?.components) ? model.components : []).filter((/** @type {any} */ one) => one && typeof one === "object");
+  const components = (Array.isArray(model?.components) ? model.components : []).filter(
+    (/** @type {any} */ one) => one && typeof one === "object",
+  );
   const courses = [...components.map((/** @type {any} */ one) => monotone(one.points)), monotone(model?.allocated)];
-  const times = Float64Array.from([...new Set(courses.flatMap((course) => course.map((/** @type {[number, number]} */ [t]) => t)))]).sort();
+  const times = Float64Array.from([
+    ...new Set(courses.flatMap((course) => course.map((/** @type {[number, number]} */ [t]) => t))),
+  ]).sort();
   const values = courses.map((course) => held(course, times));
   const height = new Float64Array(times.length);
   let peak = 0;
@@ -32,7 +36,9 @@ export function stackOf(model) {
     peak = Math.max(peak, height[i]);
   }
   return {
-    names: components.map((/** @type {any} */ one) => (typeof one.name === "string" && one.name ? one.name : "unnamed")),
+    names: components.map((/** @type {any} */ one) =>
+      typeof one.name === "string" && one.name ? one.name : "unnamed",
+    ),
     times,
     values,
     height,
@@ -123,11 +129,14 @@ export function columnsOf(stack, from, to, columns, end) {
  * @returns {TimelineModel}
  */
 export function cleanModel(model, stack) {
-  const list = (/** @type {unknown} */ value) => (Array.isArray(value) ? value : []).filter((one) => one && typeof one === "object");
+  const list = (/** @type {unknown} */ value) =>
+    (Array.isArray(value) ? value : []).filter((one) => one && typeof one === "object");
   const text = (/** @type {unknown} */ value) => (typeof value === "string" ? value : "");
   const stages = list(model?.stages).flatMap((/** @type {any} */ one) => {
     const [t0, t1] = [known(one.t0), known(one.t1)];
-    return t0 === null || t1 === null || t1 < t0 ? [] : [{ name: text(one.name), component: text(one.component), t0, t1 }];
+    return t0 === null || t1 === null || t1 < t0
+      ? []
+      : [{ name: text(one.name), component: text(one.component), t0, t1 }];
   });
   const evictions = list(model?.evictions).flatMap((/** @type {any} */ one) => {
     const t = known(one.t);

@@ -6,15 +6,17 @@ import { known } from "./scale.js";
 
 /** @typedef {import("./types.d.ts").Step} Step */
 /**
+ * @typedef {{compute_s: number | null, stall_s: number | null, overlapped_s: number | null, bytes: number | null}} Each
  * @typedef {object} CleanStep
  * @property {Step} step as it came
  * @property {string} name its number for people, from 1: "7", or "41-60"
  * @property {string | null} node
  * @property {number} count how many steps it stands for
- * @property {{compute_s: number | null, stall_s: number | null, overlapped_s: number | null, bytes: number | null}} each
+ * @property {Each} each
  * @property {number | null} wall of one: compute and stall
  */
-/** @typedef {{first: number, last: number, worst: number, from: number, to: number}} Bucket from, to: shares of the width */
+/** from, to: shares of the width.
+ * @typedef {{first: number, last: number, worst: number, from: number, to: number}} Bucket */
 
 /**
  * @param {any} steps

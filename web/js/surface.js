@@ -1,6 +1,6 @@
 /**
- * Invariant: a canvas is drawn at most once a frame, in device pixels, only while it is in the page and has a size; after
- * destroy() nothing of it is left running.
+ * Invariant: a canvas is drawn at most once a frame, in device pixels, only while it is in the page and has a
+ * size; after destroy() nothing of it is left running.
  */
 import { dress } from "./dress.js";
 
@@ -14,7 +14,8 @@ import { dress } from "./dress.js";
  * @param {string} options.label
  * @param {number} options.height CSS pixels
  * @param {(ctx: CanvasRenderingContext2D, box: Box) => void} options.draw
- * @returns {{canvas: HTMLCanvasElement, redraw: () => void, width: () => number, theme: () => Theme, destroy: () => void}}
+ * @returns {{canvas: HTMLCanvasElement, redraw: () => void, width: () => number, theme: () => Theme,
+ *   destroy: () => void}}
  */
 export function makeSurface({ root, label, height, draw }) {
   const canvas = document.createElement("canvas");
@@ -68,8 +69,8 @@ export function makeSurface({ root, label, height, draw }) {
 }
 
 /**
- * Device pixels to a CSS pixel, with the zoom of the graph where the canvas lies on a node; in quarters, so that zooming
- * does not make a new canvas for every notch.
+ * Device pixels to a CSS pixel, with the zoom of the graph where the canvas lies on a node; in quarters, so that
+ * zooming does not make a new canvas for every notch.
  * @param {HTMLCanvasElement} canvas
  */
 function scaleOf(canvas) {

@@ -1,6 +1,7 @@
 /**
- * Invariant: what a cell shows is its exact number (data-value) rounded, with its unit; what is not known is n/a, and sorts
- * last whichever way it is sorted. Rows are changed in place, so that focus and selection survive the next update.
+ * Invariant: what a cell shows is its exact number (data-value) rounded, with its unit; what is not known is n/a,
+ * and sorts last whichever way it is sorted. Rows are changed in place, so that focus and selection survive the
+ * next update.
  */
 import { button, el, setAttr, setText, setValue } from "./dom.js";
 import { bytes, count, delta, percent, seconds } from "./format.js";
@@ -146,7 +147,8 @@ function fillRow(element, row, columns) {
     const value = row[column.key];
     setText(cell, cellText(value, column.kind));
     setValue(cell, column.kind === "text" ? null : numberOf(value));
-    if (column.kind === "text") setAttr(cell, "title", cell.textContent && cell.textContent.length > 24 ? cell.textContent : null);
+    if (column.kind === "text")
+      setAttr(cell, "title", cell.textContent && cell.textContent.length > 24 ? cell.textContent : null);
   });
 }
 
@@ -162,7 +164,11 @@ function numberOf(value) {
  */
 export function cellText(value, kind) {
   if (kind === "text") {
-    return typeof value === "string" && value ? value : typeof value === "number" && Number.isFinite(value) ? String(value) : "n/a";
+    return typeof value === "string" && value
+      ? value
+      : typeof value === "number" && Number.isFinite(value)
+        ? String(value)
+        : "n/a";
   }
   const number = numberOf(value);
   switch (kind) {

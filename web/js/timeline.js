@@ -1,6 +1,6 @@
 /**
- * Invariant: what is in the picture is also in the text below it and in the table behind it; zoom and pan never change the
- * figures, only which of them are seen.
+ * Invariant: what is in the picture is also in the text below it and in the table behind it; zoom and pan never
+ * change the figures, only which of them are seen.
  */
 import { makeBehind } from "./behind.js";
 import { attachControl } from "./control.js";
@@ -14,7 +14,7 @@ import { makeSurface } from "./surface.js";
 import { drawTimeline, extentOf, frameOf } from "./timepaint.js";
 
 /** @typedef {import("./types.d.ts").TimelineModel} Model */
-/** @typedef {import("./timepaint.js").TimeEvent} TimeEvent */
+/** @typedef {import("./timemarks.js").TimeEvent} TimeEvent */
 
 /**
  * VRAM by component over the run, with the marks, the stages and the evictions.
@@ -28,7 +28,7 @@ export function makeTimeline({ label, height = 220 }) {
   let model = cleanModel(null, stack);
   /** @type {TimeEvent[]} */
   let events = [];
-  /** @type {import("./timepaint.js").Spot[]} */
+  /** @type {import("./timemarks.js").Spot[]} */
   let spots = [];
   const view = new View();
   /** @type {number | null} */
@@ -140,7 +140,11 @@ export function makeTimeline({ label, height = 220 }) {
     events = eventsOf(model);
     view.extend(model.end);
     if (walked !== null && walked >= events.length) cursor = walked = null;
-    setAttr(surface.canvas, "aria-label", `${label}: ${summary(model, stack, events, null) || "nothing recorded yet"}. ${HELP}`);
+    setAttr(
+      surface.canvas,
+      "aria-label",
+      `${label}: ${summary(model, stack, events, null) || "nothing recorded yet"}. ${HELP}`,
+    );
     behind.update();
     changed();
   };
@@ -176,7 +180,7 @@ function eventsOf(model) {
     ...model.stages.map(({ t0, t1, name, component }) => ({
       t: t0,
       kind: /** @type {const} */ ("stage"),
-      text: `${name || "stage"}${component && component !== name ? ` of ${component}` : ""} begins, takes ${seconds(t1 - t0)}`,
+      text: `${stageName(name, component)} begins, takes ${seconds(t1 - t0)}`,
     })),
     ...model.evictions.map(({ t, component, bytes: n, reason }) => ({
       t,
@@ -190,6 +194,14 @@ function eventsOf(model) {
     })),
   ];
   return events.sort((a, b) => a.t - b.t);
+}
+
+/**
+ * @param {string} name
+ * @param {string} component
+ */
+function stageName(name, component) {
+  return `${name || "stage"}${component && component !== name ? ` of ${component}` : ""}`;
 }
 
 /**
@@ -215,12 +227,18 @@ function summary(model, stack, events, view) {
   if (!stack.times.length && !events.length) return "";
   const count = (/** @type {string} */ kind) => events.filter((event) => event.kind === kind).length;
   const [out, ooms] = [count("evict"), count("oom")];
-  const marks = `high mark ${bytes(model.high)}, low mark ${bytes(model.low)}`;
-  const seen = view?.zoomed ? `${seconds(view.from)} to ${seconds(view.to)} of ${seconds(model.end)}` : seconds(model.end);
-  return (
-    `${seen}, highest recorded ${bytes(stack.times.length ? stack.peak : null)}, ${marks}` +
-    `${out ? `, ${out} ${out === 1 ? "eviction" : "evictions"}` : ""}${ooms ? `, out of memory ${ooms} ${ooms === 1 ? "time" : "times"}` : ""}`
-  );
+  const seen = view?.zoomed
+    ? `${seconds(view.from)} to ${seconds(view.to)} of ${seconds(model.end)}`
+    : seconds(model.end);
+  const parts = [
+    seen,
+    `highest recorded ${bytes(stack.times.length ? stack.peak : null)}`,
+    `high mark ${bytes(model.high)}`,
+    `low mark ${bytes(model.low)}`,
+  ];
+  if (out) parts.push(`${out} ${out === 1 ? "eviction" : "evictions"}`);
+  if (ooms) parts.push(`out of memory ${ooms} ${ooms === 1 ? "time" : "times"}`);
+  return parts.join(", ");
 }
 
 /**
@@ -247,11 +265,17 @@ function legendOf(stack, model, events, theme) {
  * @returns {import("./table.js").Row[]}
  */
 function rowsOf(raw, events) {
-  const rows = events.map((event) => ({ t: event.t, what: WORDS[event.kind], bytes: /** @type {unknown} */ (null), note: event.text }));
+  const rows = events.map((event) => ({
+    t: event.t,
+    what: WORDS[event.kind],
+    bytes: /** @type {unknown} */ (null),
+    note: event.text,
+  }));
   const add = (/** @type {unknown} */ points, /** @type {string} */ what, /** @type {string} */ note) => {
     for (const [t, n] of monotone(points)) rows.push({ t, what, bytes: n, note });
   };
-  for (const one of Array.isArray(raw?.components) ? raw.components : []) add(one?.points, String(one?.name ?? "unnamed"), "on the device from here");
+  for (const one of Array.isArray(raw?.components) ? raw.components : [])
+    add(one?.points, String(one?.name ?? "unnamed"), "on the device from here");
   add(raw?.allocated, "allocated", "held by the allocator from here");
   return rows.sort((a, b) => a.t - b.t);
 }

@@ -3,9 +3,10 @@
  */
 import { bytes, seconds } from "./format.js";
 import { componentLook, PARTS } from "./look.js";
-import { glyph, inkOf, line, markLine, shorten, textWidth, write } from "./paint.js";
+import { inkOf, line, markLine, shorten, textWidth, write } from "./paint.js";
 import { clamp, ticks, ticksBetween } from "./scale.js";
 import { columnsOf } from "./stack.js";
+import { BAND, glyphs, LANE, markNames, overlaps, spotsOf, stems } from "./timemarks.js";
 import { cssColor, mix, parseColor } from "./color.js";
 
 /** @typedef {import("./look.js").Theme} Theme */
@@ -13,8 +14,8 @@ import { cssColor, mix, parseColor } from "./color.js";
 /** @typedef {import("./stack.js").TimelineModel} TimelineModel */
 /** @typedef {import("./scale.js").View} View */
 /** @typedef {import("./surface.js").Box} Box */
-/** @typedef {{x: number, oom: boolean, events: TimeEvent[]}} Spot events that fall on one glyph */
-/** @typedef {{t: number, kind: "stage" | "evict" | "oom", text: string}} TimeEvent */
+/** @typedef {import("./timemarks.js").Spot} Spot */
+/** @typedef {import("./timemarks.js").TimeEvent} TimeEvent */
 /**
  * @typedef {object} State
  * @property {TimelineModel} model
@@ -24,8 +25,6 @@ import { cssColor, mix, parseColor } from "./color.js";
  * @property {number | null} cursor a time
  */
 
-const BAND = 20;
-const LANE = 16;
 const AXIS = 18;
 
 /**
@@ -58,7 +57,11 @@ export function extentOf(model, stack) {
 export function drawTimeline(ctx, { width, height, theme }, state) {
   const { model, stack, view } = state;
   if (!stack.times.length && !model.stages.length && !state.events.length) {
-    write(ctx, "nothing recorded yet", width / 2, height / 2, theme, { align: "center", color: theme.muted, halo: false });
+    write(ctx, "nothing recorded yet", width / 2, height / 2, theme, {
+      align: "center",
+      color: theme.muted,
+      halo: false,
+    });
     return [];
   }
   const extent = extentOf(model, stack);
@@ -85,7 +88,8 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
   stems(ctx, theme, spots, frame);
   const taken = markNames(ctx, theme, model, frame, y, width);
   for (const label of labels) {
-    if (!taken.some((box) => overlaps(box, label))) write(ctx, label.text, label.x, label.y, theme, { align: "center" });
+    if (!taken.some((box) => overlaps(box, label)))
+      write(ctx, label.text, label.x, label.y, theme, { align: "center" });
   }
   if (state.cursor !== null) {
     ctx.strokeStyle = theme.text;
@@ -95,7 +99,8 @@ export function drawTimeline(ctx, { width, height, theme }, state) {
   glyphs(ctx, theme, spots, frame);
   ctx.restore();
   times(ctx, theme, frame, view, width, height);
-  if (!frame.left && model.total === null) for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
+  if (!frame.left && model.total === null)
+    for (const tick of frame.marks.slice(-1)) write(ctx, bytes(tick), 2, y(tick) + 8, theme, { color: theme.muted });
   return spots;
 }
 
@@ -112,7 +117,8 @@ function grid(ctx, theme, frame, y, width) {
     const at = Math.round(y(tick)) + 0.5;
     ctx.strokeStyle = tick ? theme.grid : theme.border;
     line(ctx, frame.left, at, width, at);
-    if (frame.left) write(ctx, bytes(tick), frame.left - 6, at, theme, { align: "right", color: theme.muted, halo: false });
+    if (frame.left)
+      write(ctx, bytes(tick), frame.left - 6, at, theme, { align: "right", color: theme.muted, halo: false });
   }
 }
 
@@ -149,7 +155,9 @@ function areas(ctx, theme, stack, runs, left, y) {
   const rows = stack.names.length;
   for (let row = 0; row <= rows; row += 1) {
     const last = row === rows;
-    const { color, fill } = last ? { color: theme.activations, fill: /** @type {const} */ ("dots") } : componentLook(row, theme);
+    const { color, fill } = last
+      ? { color: theme.activations, fill: /** @type {const} */ ("dots") }
+      : componentLook(row, theme);
     const ink = inkOf(ctx, fill, color, soft(color, theme));
     const [tall, least] = [makeStretch(28), makeStretch(16)];
     const tops = runs.map(({ moment, from, to }, i) => {
@@ -169,7 +177,13 @@ function areas(ctx, theme, stack, runs, left, y) {
     const whole = textWidth(name, theme.font) + 12;
     const best = tall.longest().to - tall.longest().from >= whole ? tall.longest() : least.longest();
     const text = shorten(name, best.to - best.from - 12, theme.font);
-    if (text) labels.push({ text, x: (best.from + best.to) / 2, y: (best.top + best.bottom) / 2, width: textWidth(text, theme.font) });
+    if (text)
+      labels.push({
+        text,
+        x: (best.from + best.to) / 2,
+        y: (best.top + best.bottom) / 2,
+        width: textWidth(text, theme.font),
+      });
   }
   return labels;
 }
@@ -256,108 +270,9 @@ function bands(ctx, theme, model, frame, x) {
     const name = stage.component && stage.component !== stage.name ? `${stage.name} (${stage.component})` : stage.name;
     const [seen, end] = [Math.max(from, frame.left), Math.min(to, frame.left + frame.width)];
     const full = textWidth(name, theme.font) <= end - seen - 10;
-    write(ctx, shorten(full ? name : stage.name, end - seen - 10, theme.font), seen + 5, BAND / 2, theme, { halo: false });
-  });
-}
-
-/** @typedef {{x: number, y: number, width: number}} TextBox x: its middle */
-
-/**
- * @param {TextBox} a
- * @param {TextBox} b
- */
-function overlaps(a, b) {
-  return Math.abs(a.x - b.x) < (a.width + b.width) / 2 + 6 && Math.abs(a.y - b.y) < 15;
-}
-
-/**
- * High above its line and low below it, at the right; the card's total at the left.
- * @param {CanvasRenderingContext2D} ctx
- * @param {Theme} theme
- * @param {TimelineModel} model
- * @param {ReturnType<typeof frameOf>} frame
- * @param {(n: number) => number} y
- * @param {number} width
- * @returns {TextBox[]}
- */
-function markNames(ctx, theme, model, frame, y, width) {
-  /** @type {TextBox[]} */
-  const taken = [];
-  for (const kind of /** @type {const} */ (["high", "low", "total"])) {
-    const at = model[kind];
-    if (at === null) continue;
-    const text = kind === "total" ? `card ${bytes(at)}` : `${kind} ${bytes(at)}`;
-    const size = textWidth(text, theme.font);
-    const sides = kind === "low" ? [10, -9] : kind === "high" ? [-9, 10] : [10];
-    const rows = sides.map((shift) => y(at) + shift).filter((place) => place > frame.top - 10 && place < frame.bottom - 5);
-    const middles = kind === "total" ? [frame.left + 6 + size / 2] : [width - 8 - size / 2, width - 8 - size * 1.5 - 30];
-    const free = middles
-      .flatMap((middle) => rows.map((row) => ({ x: middle, y: row, width: size + (kind === "total" ? 0 : 14) })))
-      .find((box) => !taken.some((other) => overlaps(box, other)));
-    if (!free) continue;
-    taken.push(free);
-    write(ctx, text, free.x, free.y, theme, { align: "center", color: kind === "total" ? theme.muted : theme.text });
-    if (kind !== "total") {
-      const above = free.y < y(at);
-      glyph(ctx, kind === "high" ? "down" : "up", free.x - size / 2 - 8, above ? y(at) - 5 : y(at) + 5, 8, theme.text, theme.bg);
-    }
-  }
-  return taken;
-}
-
-/**
- * Neighbouring events share a glyph.
- * @param {TimeEvent[]} events
- * @param {ReturnType<typeof frameOf>} frame
- * @param {(time: number) => number} x
- * @returns {Spot[]}
- */
-function spotsOf(events, frame, x) {
-  /** @type {Spot[]} */
-  const spots = [];
-  for (const event of events) {
-    const at = x(event.t);
-    if (event.kind === "stage" || at < frame.left - 1 || at > frame.left + frame.width + 1) continue;
-    const last = spots[spots.length - 1];
-    const oom = event.kind === "oom";
-    if (last && last.oom === oom && at - last.x < 24) last.events.push(event);
-    else spots.push({ x: clamp(at, frame.left + 6, frame.left + frame.width - 6), oom, events: [event] });
-  }
-  return spots;
-}
-
-/**
- * @param {CanvasRenderingContext2D} ctx
- * @param {Theme} theme
- * @param {Spot[]} spots
- * @param {ReturnType<typeof frameOf>} frame
- */
-function stems(ctx, theme, spots, frame) {
-  ctx.save();
-  for (const { x, oom } of spots) {
-    ctx.strokeStyle = oom ? theme.alarm : theme.muted;
-    ctx.lineWidth = oom ? 1.5 : 1;
-    ctx.setLineDash(oom ? [] : [2, 3]);
-    line(ctx, Math.round(x) + 0.5, BAND + LANE, Math.round(x) + 0.5, frame.bottom);
-  }
-  ctx.restore();
-}
-
-/**
- * Evictions as open triangles, what ran out of memory as a cross, with their number where they are several.
- * @param {CanvasRenderingContext2D} ctx
- * @param {Theme} theme
- * @param {Spot[]} spots
- * @param {ReturnType<typeof frameOf>} frame
- */
-function glyphs(ctx, theme, spots, frame) {
-  const y = BAND + LANE / 2 - 1;
-  spots.forEach(({ x, oom, events }, i) => {
-    glyph(ctx, oom ? "oom" : "evict", x, y, 9, oom ? theme.alarm : theme.text, theme.bg);
-    const end = spots[i + 1] ? spots[i + 1].x - 6 : frame.left + frame.width;
-    const text = oom && events.length === 1 ? "OOM" : events.length > 1 ? `${oom ? "OOM " : ""}${events.length}` : "";
-    if (x + 8 + textWidth(text, theme.font) > end) return;
-    write(ctx, text, x + 8, y, theme, { color: oom ? theme.alarm : theme.muted });
+    write(ctx, shorten(full ? name : stage.name, end - seen - 10, theme.font), seen + 5, BAND / 2, theme, {
+      halo: false,
+    });
   });
 }
 
