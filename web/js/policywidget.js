@@ -185,6 +185,15 @@ const ROWS = /** @type {const} */ ([
   ["available", "available"],
 ]);
 
+/** Where a value comes from, in words. */
+const SOURCES = new Map([
+  ["user", "set here"],
+  ["profile", "this card's profile"],
+  ["fit", "the run fits"],
+  ["learned", "learned from runs"],
+  ["device", "the device's own"],
+]);
+
 function makeMarks() {
   const element = el("dl", "bo-node-marks");
   Object.assign(element.style, { display: "grid", gridTemplateColumns: "auto auto 1fr", gap: "1px 10px", margin: "0" });
@@ -209,7 +218,8 @@ function makeMarks() {
       if (key === "mode") setText(value, known?.mode ?? "n/a");
       else {
         const figure = known?.[/** @type {"high" | "low" | "available"} */ (key)] ?? null;
-        setText(value, bytes(figure));
+        // On a card that is known, no figure means that there is no such mark.
+        setText(value, figure === null && key !== "available" && known?.total ? "none" : bytes(figure));
         setValue(value, figure);
       }
       setText(source, linked.includes(key) ? "set by a link" : known ? sourceOf(known, key) : "");
@@ -224,6 +234,6 @@ function makeMarks() {
  */
 function sourceOf(marks, key) {
   if (key === "available") return marks.total === null ? "" : `of ${bytes(marks.total)}`;
-  if (key !== "mode" && marks[/** @type {"high" | "low"} */ (key)] === null) return marks.mode === "none" ? "not needed" : "";
-  return marks.sources[key] ? `from ${marks.sources[key]}` : "";
+  const source = marks.sources[key];
+  return source === undefined ? "" : (SOURCES.get(source) ?? `from ${source}`);
 }

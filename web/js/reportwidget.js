@@ -202,7 +202,7 @@ function makeView({ top, rest }, host) {
     const vram = live ? vramOf(store.live) : vramAfter(store, row, report);
     meter.update(vram);
     spark.update([...course], vram);
-    const bars = live ? store.points.map(stepOf) : report ? stepsOf(report) : [];
+    const bars = live ? store.points.filter((point) => point.step_ms !== null).map(stepOf) : report ? stepsOf(report) : [];
     steps.update(bars);
     spark.element.hidden = empty || course.length < 2;
     steps.element.hidden = empty || !bars.length;
