@@ -288,6 +288,11 @@ def test_device_pixels_and_a_new_width(open_plain: Callable[..., Any]) -> None:
     page.evaluate("() => { document.querySelector('main').style.display = ''; }")
     settle(page)
     assert page.evaluate(size) == [600, 400]
+    # On a node the graph's zoom is a transform, of which nothing is told but the wheel.
+    page.evaluate("() => { document.querySelector('main').style.transform = 'scale(1.5)'; }")
+    page.mouse.move(50, 50)
+    page.mouse.wheel(0, 10)
+    page.wait_for_function("() => document.querySelector('canvas').width === 900")
 
 
 COUNTED = """() => {

@@ -38,7 +38,6 @@ export function makeBehind({ caption, columns, rows, unseen = false }) {
   if (unseen) {
     // Not to be seen, so nothing in it may take the focus.
     element.append(table.element);
-    element.inert = false;
     for (const part of element.querySelectorAll("button, [tabindex]")) part.setAttribute("tabindex", "-1");
   } else {
     const summary = el("summary", "bo-summary", "as a table");

@@ -24,7 +24,7 @@ import { contrast, cssColor, luminance, mix, over, parseColor, readable } from "
  * @property {string} others
  * @property {string} compute
  * @property {string} alarm
- * @property {string} focus
+ * @property {string} focus outlines, and the text of links
  * @property {string[]} components one after another
  * @property {string} font family of the text
  */
@@ -141,7 +141,7 @@ export function themeOn(background, host = {}) {
     others: at(set.others, set.others, 3),
     compute: at(set.compute, set.compute, 3),
     alarm: at(set.alarm, set.alarm, 4.5),
-    focus: at(set.focus, set.focus, 3),
+    focus: at(set.focus, set.focus, 4.5),
     components: set.components.map((color) => at(color, color, 3)),
     font: host.font || "Inter, Arial, sans-serif",
   };

@@ -7,6 +7,8 @@ import { dress } from "./dress.js";
 /** @typedef {import("./look.js").Theme} Theme */
 /** @typedef {{width: number, height: number, theme: Theme}} Box */
 
+const REST_MS = 250;
+
 /**
  * A canvas with a name, focusable, as wide as its place.
  * @param {object} options
@@ -28,6 +30,8 @@ export function makeSurface({ root, label, height, draw }) {
   let width = 0;
   let frame = 0;
   let gone = false;
+  let drawn = 0;
+  let timer = 0;
 
   const redraw = () => {
     if (!frame && !gone) frame = requestAnimationFrame(paint);
@@ -38,6 +42,7 @@ export function makeSurface({ root, label, height, draw }) {
     const ctx = width > 0 && canvas.isConnected ? canvas.getContext("2d") : null;
     if (!ctx) return;
     const scale = scaleOf(canvas);
+    drawn = scale;
     const [across, down] = [Math.round(width * scale), Math.round(height * scale)];
     if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
     ctx.setTransform(across / width, 0, 0, down / height, 0, 0);
@@ -51,6 +56,16 @@ export function makeSurface({ root, label, height, draw }) {
   });
   resized.observe(canvas);
   window.addEventListener("resize", redraw);
+  // A graph is zoomed by the wheel, and nothing is told of it: looked at when the wheel rests.
+  const rest = () => {
+    timer = 0;
+    if (drawn && canvas.isConnected && scaleOf(canvas) !== drawn) redraw();
+  };
+  const turned = () => {
+    clearTimeout(timer);
+    timer = window.setTimeout(rest, REST_MS);
+  };
+  window.addEventListener("wheel", turned, { passive: true, capture: true });
 
   return {
     canvas,
@@ -61,6 +76,8 @@ export function makeSurface({ root, label, height, draw }) {
       gone = true;
       resized.disconnect();
       window.removeEventListener("resize", redraw);
+      window.removeEventListener("wheel", turned, { capture: true });
+      clearTimeout(timer);
       cancelAnimationFrame(frame);
       look.off();
       canvas.width = canvas.height = 1;
@@ -69,12 +86,11 @@ export function makeSurface({ root, label, height, draw }) {
 }
 
 /**
- * Device pixels to a CSS pixel, with the zoom of the graph where the canvas lies on a node; in quarters, so that
- * zooming does not make a new canvas for every notch.
+ * Device pixels to a CSS pixel, with the zoom of the graph where the canvas lies on a node.
  * @param {HTMLCanvasElement} canvas
  */
 function scaleOf(canvas) {
   const zoom = canvas.offsetWidth > 0 ? canvas.getBoundingClientRect().width / canvas.offsetWidth : 1;
-  const scale = (window.devicePixelRatio || 1) * Math.max(1, zoom || 1);
-  return Math.min(4, Math.ceil(scale * 4) / 4);
+  const scale = (window.devicePixelRatio || 1) * Math.max(0.5, zoom || 1);
+  return Math.min(4, Math.round(scale * 100) / 100);
 }

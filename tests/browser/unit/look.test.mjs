@@ -31,7 +31,7 @@ test("text and edges can be read in every palette", () => {
   for (const [background, host] of PALETTES) {
     const theme = themeOn(background, host);
     const bg = at(theme.bg);
-    for (const key of ["text", "muted", "alarm"]) {
+    for (const key of ["text", "muted", "alarm", "focus"]) {
       assert.ok(contrast(at(theme[key]), bg) >= 4.5, `${key} ${theme[key]} on ${background}`);
     }
     const edges = [theme.border, theme.focus, ...Object.keys(PARTS).map((key) => partColor(key, theme)), ...theme.components];
