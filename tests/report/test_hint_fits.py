@@ -123,3 +123,42 @@ def test_a_list_loses_every_entry_that_was_to_blame() -> None:
     assert action is not None and action["set"] == {"always": "t5, vae"}
     run["policy"]["always"] = "text_encoder"  # not a list, as a policy writes it
     none_of(run, run)
+
+
+def test_a_run_that_did_not_fit_is_none_of_the_two() -> None:
+    none_of(seed(fits=False), seed())
+    none_of(seed(), seed(fits=False))
+
+
+def test_a_note_names_what_waited_longest_and_what_that_run_had() -> None:
+    run = hires()
+    run["by_component"][0] = evicted("text_encoder", 1.5, "low", 1.75)
+    for order in (run["by_component"], list(reversed(run["by_component"]))):
+        found = find(*runs(run | {"by_component": order}, run | {"by_component": order}))
+        assert found.note is not None and found.note.startswith("text_encoder (1.5 GiB) was moved")
+    earlier = hires(resolved__available=gib(25.5))
+    note = find(*runs(earlier, hires())).note
+    assert note is not None and note.endswith("more than the 25.6 GiB available.")
+    note = find(*runs(earlier, seed())).note
+    assert note is not None and note.endswith("more than the 25.5 GiB available.")
+
+
+def test_a_component_whose_weights_are_not_known() -> None:
+    run = seed()
+    run["by_component"][1]["weight_bytes"] = None
+    assert hint_of(run, run).sentence.startswith("UNet2DConditionModel fits the budget of 25.6 GiB with")
+    run["by_component"][0] = evicted(
+        "text_encoder", 1.5, "low", 0.5
+    )  # known, and less than what was moved of the other
+    assert hint_of(run, run).sentence.startswith("UNet2DConditionModel fits")
+
+
+def test_turns_of_others_are_not_its_own() -> None:
+    run = seed(totals__evict_s=0.0)
+    run["by_component"] += [row("a", 0.0, bytes_h2d=1), row("b", 0.0), row("a+b", None, onload_s=8.0)]
+    run["by_component"] += [row(f"a+{UNET}", None, onload_s=None)]
+    assert hint_of(run, run).saving_s == 1.6875
+
+
+def test_a_hint_without_a_button_is_json_too() -> None:
+    assert Hint("X", "y", 1.0, None).to_json() == {"code": "X", "sentence": "y", "saving_s": 1.0, "action": None}
