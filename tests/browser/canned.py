@@ -83,6 +83,7 @@ def report(
             "bytes_h2d": sum(move["bytes"] for move in ups if move["component"] == name),
             **{"bytes_d2h": 0, "drops": int(name == "denoiser"), "avoidable_bytes": 0, "onload_s": onload[name]},
             "bytes_dropped": RESIDENT[name] if name == "denoiser" else 0,
+            "dropped_for": {"need": RESIDENT[name]} if name == "denoiser" else {},
             **{"stall_s": stall if name == "denoiser" else 0.0, "evict_s": evict if name == "denoiser" else 0.0},
             "compute_s": {"text_encoder": 0.15, "denoiser": compute, "vae": 0.35}[name],
             "peak": {"text_encoder": 2 * GIB, "denoiser": peak, "vae": 6 * GIB}[name],
@@ -137,7 +138,7 @@ def report(
         ],
         "by_component": by_component,
         "events": [],
-        "workload": workload,
+        **{"workload": workload, "notice": "Static: a canned run."},
         "line": f"wall {end:.2f} s = denoise {compute:.2f} + onload {sum(onload.values()):.2f} + stall {stall:.2f}",
         "timers": [
             {"name": "denoise", "seconds": compute, "means": "the model computes", "turn": "nothing: this is the work"},
