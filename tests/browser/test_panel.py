@@ -148,6 +148,17 @@ def _layout(page: Page) -> Any:
     )
 
 
+def test_the_end_of_a_run_is_said_while_the_next_one_runs(open_plain: Callable[..., Page], stub: Stub) -> None:
+    page = open_plain(size={"width": 1600, "height": 400})
+    mount(page)
+    telemetry(page, canned.telemetry("first", "3", 1, 20))
+    page.evaluate("() => { bo.store.setRunning('second', '3') }")
+    ended(page, canned.row(stub.add_run(canned.report("first"))))
+    page.wait_for_selector(".bo-panel[data-view=now]")
+    assert page.get_by_role("status").inner_text().startswith("Run ended: partial, 6.45 s")
+    assert page.evaluate("() => bo.store.running.prompt_id") == "second"
+
+
 def test_what_the_user_picked_stays(open_plain: Callable[..., Page], stub: Stub) -> None:
     for name in ("a", "b"):
         stub.add_run(canned.report(name))

@@ -152,8 +152,8 @@ function normal(/** @type {string} */ field, /** @type {unknown} */ value) {
 }
 
 /**
- * Which nodes a hint about this policy means: those that spell it, or, as the button was pressed before, that spell what
- * the hint makes of it; else the only one there is.
+ * Which nodes a hint about this policy means: those that spell it, or, as the button was pressed before, what the hint
+ * makes of it; else the only one there is.
  * @param {Found[]} all @param {any} policy @param {Record<string, any>} [set]
  * @returns {{nodes: Found[], changed: boolean}}
  */
@@ -186,6 +186,7 @@ export function asWidget(widget, value) {
 /** "on", "none", "clip-l, t5": a value as it looks on the node. @param {unknown} value */
 function shown(value) {
   if (typeof value === "boolean") return value ? "on" : "off";
+  if (value === "") return "empty";
   return Array.isArray(value) ? value.join(", ") : String(value);
 }
 

@@ -21,17 +21,32 @@ export const HIDDEN = "BalancedOffload.HiddenHints";
 const WHY = new Map([
   [
     "FITS_BUT_MOVED",
-    "All weights of the run and its largest activations fit on the card, yet this component was moved. Moves of a " +
-      "run that fits are avoidable.",
+    "All weights of the run and its largest activations fit on the card, and still something was evicted and loaded " +
+      "again. The seconds are what the run waited for copies and evictions that it could have been spared.",
   ],
   [
     "NO_OFFLOAD_FASTER",
-    "Everything fits, with room to spare. Mode none keeps it all resident, and nothing has to be moved or waited for.",
+    "Everything fits, but the mode or the high mark of this policy moves weights. In mode auto the same run loads " +
+      "once and then moves nothing.",
   ],
-  ["DECODE_PEAK", "The decode needs more VRAM than is free beside the weights that stay on the card."],
-  ["HIGH_MARK_TOO_LOW", "The high mark makes weights stream in every step although more of them would fit."],
-  ["RAM_PRESSURE", "RAM is short: copies from memory that cannot be page-locked, or that was swapped out, are slow."],
-  ["CORE_DEFAULT_BEST", "ComfyUI's own handling of VRAM was at least as fast in a comparable run."],
+  [
+    "DECODE_PEAK",
+    "The decode ran out of memory, stepped down and was begun again. The seconds are those of the tries that failed.",
+  ],
+  [
+    "HIGH_MARK_TOO_LOW",
+    "The high mark splits a component of which more would fit beside the activations, so that less of it would " +
+      "stream in every step.",
+  ],
+  [
+    "RAM_PRESSURE",
+    "Copies from RAM that is not page-locked are slower, and nothing hides them. Both rates were measured in this run.",
+  ],
+  [
+    "CORE_DEFAULT_BEST",
+    "The same work ran faster by the default: compared are the fastest of two runs with this policy and the slowest " +
+      "of two without it.",
+  ],
 ]);
 const EVIDENCE = "Hints are given only where the ledger proves the saving over two comparable runs.";
 
@@ -81,7 +96,8 @@ export function makeHintBox(host, { say, changed, leave }) {
   const said = el("p", "bo-hint-said");
   const facts = el("dl", "bo-hint-facts");
   const rule = el("p", "bo-hint-rule");
-  why.append(el("summary", "bo-hint-summary", "Why?"), rule, facts, helpLink());
+  const help = helpLink("Hints", "All hints and when they are given");
+  why.append(el("summary", "bo-hint-summary", "Why?"), rule, facts, help);
   const mark = el("span", "bo-hint-mark", "▶ Hint");
   element.append(mark, sentence, act, hide, why, said, note);
   /** @type {Hint | null} */
@@ -99,7 +115,7 @@ export function makeHintBox(host, { say, changed, leave }) {
   /** @param {string} code */
   function hideCode(code) {
     host.setSetting(HIDDEN, [...hiddenCodes(host.setting(HIDDEN)), code].join(","));
-    say(`Hint hidden. To see it again take ${code} out of the setting "Hidden hints".`);
+    say(`Hint hidden. To see it again take ${code} out of the setting "Hints not to show again".`);
     changed();
     leave(); // the button that had the focus is gone
   }
@@ -134,10 +150,13 @@ export function makeHintBox(host, { say, changed, leave }) {
 /** @param {[string, string]} fact */
 const factOf = ([key, value]) => [el("dt", "bo-hint-key", key), el("dd", "bo-hint-value", value)];
 
-/** The help page lies beside the scripts. */
-function helpLink() {
-  const link = el("a", "bo-link", "What the figures mean");
-  link.href = new URL("../docs/VRAMReport.md", import.meta.url).href;
+/**
+ * A help page of the pack, which lie beside the scripts.
+ * @param {string} page @param {string} text
+ */
+export function helpLink(page, text) {
+  const link = el("a", "bo-link", text);
+  link.href = new URL(`../docs/${page}.md`, import.meta.url).href;
   link.target = "_blank";
   link.rel = "noopener noreferrer";
   return link;

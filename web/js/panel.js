@@ -75,8 +75,13 @@ export function mountPanel(place, host, store) {
   place.style.height = "100%"; // the front end's own place is as high as what is in it
   const look = dress(root);
 
-  /** The run whose end we saw and whose row has not come. @type {string | null} */
-  let waiting = null;
+  /** The run that is on, or was last. @type {string | null} */
+  let last = store.running?.prompt_id ?? null;
+  /** The run whose end we saw and have not said. @type {string | null} */
+  let owed = null;
+  /** A run ended and its row has not come. */
+  let waiting = false;
+  let newest = store.runs[0]?.prompt_id ?? null;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let patience;
   let frame = 0;
@@ -96,7 +101,7 @@ export function mountPanel(place, host, store) {
   function render() {
     if (!root.isConnected || !root.clientWidth) return; // another tab is open; being seen again draws
     const { running, runs, selected } = store;
-    const view = viewOf({ running, runs, selected, waiting: waiting !== null });
+    const view = viewOf({ running, runs, selected, waiting });
     const id = view.kind === "run" ? view.id : null;
     const row = id === null ? null : store.row(id);
     const report = id === null ? null : store.report(id);
@@ -143,22 +148,27 @@ export function mountPanel(place, host, store) {
     return found.report ? `The report of this run could not be read (${found.report}). ${REMEDY_REPORT}` : "";
   }
 
-  /** The run began or ended. */
+  /** The run began, ended, or went on to another node. */
   function turned() {
-    const ended = on && store.running === null;
+    const id = store.running?.prompt_id ?? null;
+    const over = on && (store.running === null || (id !== last && last !== null));
     on = store.running !== null;
-    if (on) stopWaiting();
-    if (ended) waitFor(store.live?.prompt_id ?? null);
+    if (over) owed = last;
+    if (on) {
+      last = id ?? last;
+      stopWaiting();
+    } else if (over) waitFor();
+    pay();
     later();
   }
 
-  /** @param {string | null} id */
-  function waitFor(id) {
+  /** The run before it would flash up until the report of this one comes. */
+  function waitFor() {
     stopWaiting();
-    if (id !== null && store.row(id)) return announce(id);
-    waiting = id ?? "";
+    if (owed !== null && store.row(owed)) return;
+    waiting = true;
     patience = setTimeout(() => {
-      waiting = null;
+      waiting = false;
       loader.refresh();
       later();
     }, PATIENCE_MS);
@@ -166,20 +176,22 @@ export function mountPanel(place, host, store) {
 
   function stopWaiting() {
     clearTimeout(patience);
-    waiting = null;
+    waiting = false;
   }
 
-  let newest = store.runs[0]?.prompt_id ?? null;
   function rowsCame() {
     const first = store.runs[0]?.prompt_id ?? null;
-    const came = first !== newest;
+    if (waiting && (owed === null ? first !== newest : store.row(owed) !== null)) stopWaiting();
     newest = first;
-    if (waiting !== null && (waiting === "" ? came : store.row(waiting) !== null)) {
-      const id = waiting || first;
-      stopWaiting();
-      if (id !== null) announce(id);
-    }
+    pay();
     later();
+  }
+
+  /** What ended is said when its row is there, also while the next one runs. */
+  function pay() {
+    if (owed === null || !store.row(owed)) return;
+    announce(owed);
+    owed = null;
   }
 
   /** @param {string} id */

@@ -5,6 +5,7 @@
  */
 import { makeSteps } from "./bars.js";
 import { el, setText } from "./dom.js";
+import { helpLink } from "./hintbox.js";
 import { makeMeter } from "./meter.js";
 import { componentRows, nodeRows, stepsOf, timelineOf, vramOf } from "./model.js";
 import { runLabel } from "./runs.js";
@@ -82,6 +83,7 @@ export function makeBody() {
   const nowComponents = makeTable({ caption: "Components now", columns: NOW_COMPONENTS, empty });
   const nodes = makeTable({ caption: "By node", columns: NODES, empty: "Nothing is known of nodes." });
   const timers = makeTable({ caption: "Where the time went", columns: TIMERS, empty: "This report has no timers." });
+  const timerHelp = helpLink("PerformanceTimers", "Performance timers: each figure, and what to turn");
   const parts = [timeline, meter, spark, steps, nowSteps, components, nowComponents, nodes, timers];
 
   const compared = [el("p", "bo-compared"), el("p", "bo-compared")];
@@ -93,7 +95,7 @@ export function makeBody() {
     sectionOf("steps", "Steps", [el("div", "bo-title bo-section-title", "Steps"), steps.element, nowSteps.element]),
     sectionOf("components", "Components", [components.element, compared[0], nowComponents.element]),
     sectionOf("nodes", "Nodes", [nodes.element, compared[1], waits[0]]),
-    sectionOf("timers", "Timers", [timers.element, waits[1]]),
+    sectionOf("timers", "Timers", [timers.element, waits[1], timerHelp]),
   ];
   const tabs = makeTabs("What is shown", sections, `bo-panel-${(made += 1)}`, () => place());
   const tables = el("div", "bo-tables");

@@ -87,6 +87,10 @@ export function makePicker(onPick) {
   element.className = "bo-picker";
   element.setAttribute("aria-label", "Run");
   element.addEventListener("change", () => onPick(element.value));
+  // A letter looks for a run; the host's own shortcuts are letters, too.
+  element.addEventListener("keydown", (event) => {
+    if (event.key.length === 1 && !event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+  });
   let drawn = "";
   return {
     element,

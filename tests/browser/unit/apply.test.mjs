@@ -179,6 +179,13 @@ test("what to set is said in the words of the node", () => {
   assert.equal(whatToSet({ fit_aware: false, never: ["t5", "vae"], x: 1 }), said);
 });
 
+test("an input is emptied, and that is said", () => {
+  const node = policyNode(1, { always: "t5" });
+  const out = applyHint(hostOf({ nodes: [node] }), hint({ always: "" }), { policy: { ...POLICY, always: ["t5"] } });
+  assert.equal(value(node, "always"), "");
+  assert.match(out.text, /^Set Always offload to empty in /);
+});
+
 test("which nodes are meant", () => {
   const all = policyNodes({ nodes: [policyNode(1), policyNode(2, { high: "5%" })] });
   assert.deepEqual(meant(all, POLICY).nodes.map((found) => found.id), ["1"]);
