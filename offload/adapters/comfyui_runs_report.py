@@ -157,7 +157,7 @@ class RunReport:
         return self.resolved.get("vae_tiling") != "on" and not any("til" in e["kind"] for e in self.record.events)
 
     def _sources(self) -> dict[str, str]:
-        sources = {"vram.peak_device": "driver, looked at once a second, ten times while telemetry is sent"}
+        sources = {"vram.peak_device": "driver, looked at once a second, four times while telemetry is sent"}
         if self.ours:
             sources["bytes"] = "the ledger: storages of weights of the models under a policy, when the copy was issued"
             sources["verdict"] = "the ledger's moves"
