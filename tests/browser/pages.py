@@ -124,9 +124,11 @@ class Pages:
         self.ready(page)
 
     @staticmethod
-    def ready(page: Page) -> None:
-        """After a load or reload: the front end is up and our extension's setup is through."""
+    def ready(page: Page, known: bool = True) -> None:
+        """After a load or reload: the front end is up and our extension is registered. known: the host has the pack."""
         page.wait_for_function(READY, timeout=60_000)
+        if not known:
+            return
         page.wait_for_function(
             "() => window.app.extensionManager.setting.get('BalancedOffload.RestoreStock') !== undefined",
             timeout=60_000,

@@ -124,15 +124,16 @@ class Tab:
 
 @pytest.fixture
 def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
-    """open_tab(server, vue=False, theme="dark") -> Tab; watched like a page on the stub."""
+    """open_tab(server, vue=False, theme="dark", known=True) -> Tab; watched like a page on the stub."""
     from ..browser import pages
 
     contexts: list[Any] = []
     watches: list[Any] = []
 
-    def open_(server: HostServer, vue: bool = False, theme: str = "dark", **settings: Any) -> Tab:
+    def open_(server: HostServer, vue: bool = False, theme: str = "dark", known: bool = True) -> Tab:
+        """known: whether the pack is on this server."""
         wanted = {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": theme, "BalancedOffload.HiddenHints": ""}
-        server.post("/settings", {**SETTINGS, **wanted, **settings})
+        server.post("/settings", {**SETTINGS, **wanted})
         context = chromium.new_context(viewport=pages.SIZE)
         contexts.append(context)
         page = context.new_page()
@@ -141,7 +142,7 @@ def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
         watches.append(watch)
         watch.follow(page)
         page.goto(f"http://127.0.0.1:{server.port}/")
-        pages.Pages.ready(page)
+        pages.Pages.ready(page, known)
         return Tab(page, server, pages)
 
     yield open_
