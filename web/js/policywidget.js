@@ -174,6 +174,7 @@ function makeView(top) {
     const wrong = marks?.error ?? (failed === null ? null : `the marks are not known: ${failed}`);
     setText(problem, wrong === null ? "" : `✕ ${wrong}`);
     problem.hidden = wrong === null;
+    rows.element.hidden = wrong !== null;
   };
   return { update, destroy: meter.destroy };
 }
@@ -196,7 +197,8 @@ const SOURCES = new Map([
 
 function makeMarks() {
   const element = el("dl", "bo-node-marks");
-  Object.assign(element.style, { display: "grid", gridTemplateColumns: "auto auto 1fr", gap: "1px 10px", margin: "0" });
+  Object.assign(element.style, { display: "grid", gridTemplateColumns: "auto auto 1fr", gap: "0 10px", margin: "0" });
+  element.style.lineHeight = "16px"; // the triangles may come from another font
   /** @type {Map<string, {value: HTMLElement, source: HTMLElement}>} */
   const cells = new Map();
   for (const [key, title] of ROWS) {
