@@ -16,6 +16,7 @@ const TOGGLE = "BalancedOffload.TogglePanel";
 const ANCHOR = "bo-chip-anchor";
 const REPORT = "VRAMReport";
 const POLICY = "OffloadPolicy";
+const PATIENCE_MS = 800;
 
 /** @type {Record<string, {name: string, tooltip: string, group: string, type: string, value: unknown}>} */
 const SETTINGS = {
@@ -237,18 +238,25 @@ function togglePanel() {
   const bottom = manager()?.bottomPanel;
   if (typeof bottom?.toggleBottomPanelTab === "function") bottom.toggleBottomPanelTab(TAB);
   else safely("the panel", () => manager()?.command?.execute?.(`Workspace.ToggleBottomPanelTab.${TAB}`));
-  if (opens) focusPanel(20);
+  if (opens) focusPanel(performance.now() + PATIENCE_MS);
   else if (inside && focusable(from)) from.focus();
 }
 
-/** @param {number} tries frames that are waited for the front end to build the panel */
-function focusPanel(tries) {
+/**
+ * The front end builds the panel when it likes: wait for it, then for something in it that takes the focus.
+ * @param {number} until
+ */
+function focusPanel(until) {
   requestAnimationFrame(() => {
+    const panel = mounted?.place.isConnected ? mounted.place.firstElementChild : null;
     /** @type {HTMLElement | null | undefined} */
-    const first = mounted?.place.querySelector("select:enabled, button:enabled, [tabindex='0']");
+    const first = panel?.querySelector("select:enabled, button:enabled, [tabindex='0']");
     if (first?.offsetParent) first.focus({ preventScroll: true });
-    else if (tries > 0) focusPanel(tries - 1);
-    else if (!mounted?.place.isConnected && panelShown()) {
+    else if (performance.now() < until) focusPanel(until);
+    else if (panel instanceof HTMLElement) {
+      panel.tabIndex = -1; // nothing to press yet: the panel itself is read
+      panel.focus({ preventScroll: true });
+    } else if (panelShown()) {
       manager()?.bottomPanel?.toggleBottomPanelTab?.(TAB);
       host.toast("info", "This menu has no bottom panel for Offload. Settings, Use new menu: Top brings it back.");
     }
