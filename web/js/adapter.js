@@ -16,7 +16,7 @@ const TOGGLE = "BalancedOffload.TogglePanel";
 const ANCHOR = "bo-chip-anchor";
 const REPORT = "VRAMReport";
 const POLICY = "OffloadPolicy";
-const PATIENCE_MS = 800;
+const PATIENCE_MS = 1500;
 
 /** @type {Record<string, {name: string, tooltip: string, group: string, type: string, value: unknown}>} */
 const SETTINGS = {
@@ -243,20 +243,17 @@ function togglePanel() {
 }
 
 /**
- * The front end builds the panel when it likes: wait for it, then for something in it that takes the focus.
+ * The front end builds the panel when it likes. The focus goes to the panel itself: what is in it comes and goes.
  * @param {number} until
  */
 function focusPanel(until) {
   requestAnimationFrame(() => {
     const panel = mounted?.place.isConnected ? mounted.place.firstElementChild : null;
-    /** @type {HTMLElement | null | undefined} */
-    const first = panel?.querySelector("select:enabled, button:enabled, [tabindex='0']");
-    if (first?.offsetParent) first.focus({ preventScroll: true });
-    else if (performance.now() < until) focusPanel(until);
-    else if (panel instanceof HTMLElement) {
-      panel.tabIndex = -1; // nothing to press yet: the panel itself is read
+    if (panel instanceof HTMLElement && panel.offsetParent) {
+      panel.tabIndex = -1;
       panel.focus({ preventScroll: true });
-    } else if (panelShown()) {
+    } else if (performance.now() < until) focusPanel(until);
+    else if (panelShown()) {
       manager()?.bottomPanel?.toggleBottomPanelTab?.(TAB);
       host.toast("info", "This menu has no bottom panel for Offload. Settings, Use new menu: Top brings it back.");
     }
