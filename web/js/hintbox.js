@@ -76,7 +76,7 @@ export function whyOf(hint, run) {
   const share = hint.saving_s !== null && wall ? `, ${percent(hint.saving_s / wall)} of this run` : "";
   rows.push(["Proven saving", `${seconds(hint.saving_s)}${share}`]);
   if (run.totals.move_count !== null) rows.push(["Moves in this run", count(run.totals.move_count)]);
-  if (hint.action) rows.push(["The button sets", `${whatToSet(hint.action.set)} on the Offload Policy node`]);
+  if (hint.action) rows.push(["The button sets", `${whatToSet(hint.action.set)}, in the Offload Policy node`]);
   rows.push(["Code", hint.code]);
   return rows;
 }
