@@ -23,9 +23,7 @@ export function stackOf(model) {
     (/** @type {any} */ one) => one && typeof one === "object",
   );
   const courses = [...components.map((/** @type {any} */ one) => monotone(one.points)), monotone(model?.allocated)];
-  const times = Float64Array.from([
-    ...new Set(courses.flatMap((course) => course.map((/** @type {[number, number]} */ [t]) => t))),
-  ]).sort();
+  const times = momentsOf(courses);
   const values = courses.map((course) => held(course, times));
   const height = new Float64Array(times.length);
   let peak = 0;
@@ -44,6 +42,20 @@ export function stackOf(model) {
     height,
     peak,
   };
+}
+
+/**
+ * Every time at which something changes, once each.
+ * @param {Course[]} courses
+ */
+function momentsOf(courses) {
+  const all = new Float64Array(courses.reduce((sum, course) => sum + course.length, 0));
+  let at = 0;
+  for (const course of courses) for (const [time] of course) all[at++] = time;
+  all.sort();
+  let kept = 0;
+  for (const time of all) if (!kept || time !== all[kept - 1]) all[kept++] = time;
+  return all.slice(0, kept);
 }
 
 /**
