@@ -226,7 +226,7 @@ def test_the_timeline_by_the_pointer(open_plain: Callable[..., Any]) -> None:
     page.mouse.up()
     page.mouse.move(0, 0)
     assert readout.inner_text() != zoomed and " of 4.00 s" in readout.inner_text()
-    page.get_by_role("button", name="Show the whole run").click()
+    page.get_by_role("button", name="All of the run").click()
     assert readout.inner_text().startswith("4.00 s,")
     page.get_by_role("button", name="Zoom in").click()
     assert " of 4.00 s" in readout.inner_text()

@@ -1,6 +1,6 @@
 /**
  * Invariant: whoever dresses an element undresses it; one observer of the host's palette serves all of them and
- * goes with the last. The style sheet is added once per document.
+ * goes with the last. The style sheets are added once per document.
  */
 import { theme } from "./look.js";
 
@@ -14,18 +14,21 @@ let observer = null;
 let motion = null;
 let pending = 0;
 
-/** Adds the style sheet beside this file to the page. */
+const SHEETS = ["./offload.css", "./meter.css"];
+
+/** Adds the style sheets beside this file to the page. */
 export function ensureStyle() {
-  const href = new URL("./offload.css", import.meta.url).href;
-  for (const link of document.querySelectorAll("link.bo-style")) {
-    if (link.getAttribute("href") === href) return;
+  const known = new Set([...document.querySelectorAll("link.bo-style")].map((link) => link.getAttribute("href")));
+  for (const sheet of SHEETS) {
+    const href = new URL(sheet, import.meta.url).href;
+    if (known.has(href)) continue;
+    const link = document.createElement("link");
+    link.className = "bo-style";
+    link.rel = "stylesheet";
+    link.href = href;
+    link.addEventListener("load", later);
+    document.head.append(link);
   }
-  const link = document.createElement("link");
-  link.className = "bo-style";
-  link.rel = "stylesheet";
-  link.href = href;
-  link.addEventListener("load", later);
-  document.head.append(link);
 }
 
 /**

@@ -59,7 +59,7 @@ export function makeTimeline({ label, height = 220 }) {
   };
   const less = button("−", "Zoom out", () => zoom(1 / 1.5));
   const closer = button("+", "Zoom in", () => zoom(1.5));
-  const all = button("All", "Show the whole run", () => {
+  const all = button("All", "All of the run", () => {
     view.reset();
     changed();
   });
