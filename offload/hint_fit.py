@@ -81,10 +81,11 @@ def _room(run: Digest, stage: Stage) -> Room | None:
         beside = sum(nbytes for nbytes in left if nbytes is not None)
         exact = max(0, stage.peak - beside)
         return Room(exact, exact, total)
-    beside = sum(_at_most(row) for row in others)
+    most = [_at_most(row) for row in others]
+    beside = total if None in most else sum(nbytes for nbytes in most if nbytes is not None)
     return Room(max(0, stage.peak - beside), stage.peak, total)
 
 
-def _at_most(row: Row) -> int:
+def _at_most(row: Row) -> int | None:
     known = [nbytes for nbytes in (row.weight, row.resident) if nbytes is not None]
-    return min(known, default=0)
+    return min(known, default=None)
