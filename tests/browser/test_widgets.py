@@ -376,14 +376,17 @@ def test_no_answer_is_said_and_not_shown_as_zero(here: Any) -> None:
     wait_for_value(page, "low", 2 * GIB)
 
 
+def _nothing(route: Any) -> None:
+    route.fulfill(body="", content_type="text/javascript")
+
+
 def test_the_pack_changes_no_workflow_that_has_its_nodes(open_page: Any) -> None:
     """The same workflow in the same front end, with our scripts and without."""
     found = []
     for ours in (True, False):
         page = open_page.blank()
         if not ours:
-            empty = {"body": "", "content_type": "text/javascript"}
-            page.route("**/extensions/balanced_offload/**", lambda route, empty=empty: route.fulfill(**empty))
+            page.route("**/extensions/balanced_offload/**", _nothing)
         page.goto(f"{open_page.stub.url}/")
         page.wait_for_function("() => window.app?.graph && window.app.canvas && window.app.extensionManager?.setting")
         page.wait_for_timeout(1500)
