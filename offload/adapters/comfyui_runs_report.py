@@ -20,7 +20,7 @@ from ..ledger import CATEGORIES, RunRecord
 from ..policy import Machine, OffloadPolicy
 from ..report import build_report, derive_verdict
 from ..session import Session
-from ..summary import TEXT_MAX, line, report_text
+from ..summary import TEXT_MAX, hint_lines, line, report_text
 from ..timers import timers
 from . import comfyui_host
 from .comfyui_runs_host import Ending, partly_loaded
@@ -323,7 +323,8 @@ def _meant(policy: OffloadPolicy | None) -> dict[str, Any]:
 
 def text_of(report: Mapping[str, Any]) -> str:
     """What happened, for people, in at most 1,024 characters: the summary, the world, what should be known of it."""
-    lines = report_text(report).split("\n")
+    hints = hint_lines(report)
+    lines = [line for line in report_text(report).split("\n") if line not in hints]
     if not report["ended"]:
         lines[0] = f"So far, before the prompt's end: {lines[0]}"
     told = [report["notice"]]
@@ -333,7 +334,7 @@ def text_of(report: Mapping[str, Any]) -> str:
     # of each kind the latest first: where two policies meet on one model, that is said when the second one is loaded
     said = sorted(reversed(report["events"]), key=lambda event: event["kind"] == "policy")
     told += [event["text"] for event in said if event["kind"] in _TOLD]
-    lines[1:1] = [text if len(text) <= 180 else text[:177] + "..." for text in told[:5]]
+    lines[1:1] = hints + [text if len(text) <= 180 else text[:177] + "..." for text in told[:5]]
     text = "\n".join(lines)
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 3] + "..."
 

@@ -62,8 +62,11 @@ def test_locales_repeat_the_schema(schemas: dict[str, Any], root: Path) -> None:
     assert written == node_defs(schemas)
 
 
-def test_pages_and_nodes_are_the_same_set(schemas: dict[str, Any], root: Path) -> None:
-    assert {page.stem for page in (root / "web" / "docs").glob("*.md")} == set(schemas)
+def test_every_node_has_its_page_and_two_are_linked_from_them(schemas: dict[str, Any], root: Path) -> None:
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (root / "web" / "docs").glob("*.md")}
+    linked = {"PerformanceTimers", "Hints"}
+    assert set(pages) == set(schemas) | linked
+    assert all(name in pages["VRAMReport"] for name in linked)
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ("README.md", "docs/comfyui.md", "docs/hosts.md", "workflows/README.md")
+PAGES = ("README.md", "docs/comfyui.md", "docs/hosts.md", "docs/seeing.md", "workflows/README.md")
 COMMAND = re.compile(r"(?:balanced-offload|python -m balanced_offload) ([a-z]+)")
 
 
