@@ -26,7 +26,7 @@ SERIOUS = """async () => {
     .map(v => v.id + ': ' + v.nodes.map(n => n.html.slice(0, 160) + ' ' + n.failureSummary).join(' ;; '))]; }"""
 CONTROLS = """() => [...document.querySelector('.bo-panel').querySelectorAll(
     'a[href],button,input,select,summary,textarea,[tabindex]:not([tabindex="-1"])')]
-  .filter(e => e.offsetParent && !e.disabled && getComputedStyle(e).visibility !== 'hidden')
+  .filter(e => !e.disabled && e.checkVisibility({visibilityProperty: true, contentVisibilityAuto: true}))
   .filter(e => !(e.getAttribute('role') === 'tab' && e.getAttribute('aria-selected') === 'false'))
   .map((e, i) => { e.dataset.control = i; return i; })"""
 FOCUSED = "() => document.activeElement?.dataset?.control ?? null"
