@@ -1,4 +1,4 @@
-"""Invariant: the chip's figures are the event's to the byte, in every front end; it is a button, and a meter where known.
+"""Invariant: the chip's figures are the event's to the byte, in every front end; a button, and a meter where known.
 
 It is read aloud once, at a run's end.
 """
@@ -53,7 +53,11 @@ def test_a_run_from_its_events_to_its_end(here: Here, shot: Callable[[Any, str],
     used = TOTAL - vram["free"]
     wait_for_value(page, "used", used)
     assert figure(page, "used")["text"] == f"VRAM {_bare(used)} / {summary.size(TOTAL)}"
-    assert figure(page, "peak") == {"text": f", peak {_bare(vram['peak'])}", "value": str(vram["peak"]), "unit": "bytes"}
+    assert figure(page, "peak") == {
+        "text": f", peak {_bare(vram['peak'])}",
+        "value": str(vram["peak"]),
+        "unit": "bytes",
+    }
     moved = live["moved"]
     assert figure(page, "moves") == {"text": f", moved {summary.size(moved)}", "value": str(moved), "unit": "bytes"}
     meter = page.locator(METER)
@@ -81,7 +85,9 @@ def test_a_run_from_its_events_to_its_end(here: Here, shot: Callable[[Any, str],
     assert float(ended["value"]) == pytest.approx(moves, abs=1e-12)
     assert figure(page, "peak")["text"] == f", peak {_bare(report['vram']['peak'])}"
     label = page.locator(BUTTON).get_attribute("aria-label")
-    assert label == "".join(figure(page, name)["text"] for name in ("used", "peak", "moves")) + ". Open the Offload panel"
+    assert (
+        label == "".join(figure(page, name)["text"] for name in ("used", "peak", "moves")) + ". Open the Offload panel"
+    )
     assert said(page) == f"Run ended: VRAM peak {summary.size(report['vram']['peak'])}, moves {summary.seconds(moves)}."
 
 
@@ -105,7 +111,9 @@ def test_a_failed_run_is_said_to_have_failed(here: Here) -> None:
     page, stub = here.page, here.stub
     page.wait_for_selector(CHIP)
     page.wait_for_timeout(300)
-    lost = canned.report("p", error={"type": "OutOfMemoryError", "message": "<b>full</b>"}, complete=False, verdict="oom")
+    lost = canned.report(
+        "p", error={"type": "OutOfMemoryError", "message": "<b>full</b>"}, complete=False, verdict="oom"
+    )
     lost["totals"] = {**lost["totals"], "stall_s": None}
     stub.send("offload.report", canned.row(lost))
     page.wait_for_function("() => document.querySelector('.bo-chip [aria-live]').textContent")
@@ -173,12 +181,16 @@ def test_it_can_be_read_and_hit(here: Here) -> None:
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
-def test_without_an_action_bar_it_stands_in_the_corner(open_page: Any, theme: str, shot: Callable[[Any, str], Path]) -> None:
+def test_without_an_action_bar_it_stands_in_the_corner(
+    open_page: Any, theme: str, shot: Callable[[Any, str], Path]
+) -> None:
     page = open_page(theme=theme, settings={"Comfy.UseNewMenu": "Disabled"})
     page.wait_for_selector(f"{CHIP}.bo-chip-floating")
     box = page.locator(BUTTON).bounding_box()
     assert box and box["x"] < 100 and box["y"] < 100
-    hit = page.evaluate("([x, y]) => Boolean(document.elementFromPoint(x, y).closest('.bo-chip'))", [box["x"] + 20, box["y"] + 10])
+    hit = page.evaluate(
+        "([x, y]) => Boolean(document.elementFromPoint(x, y).closest('.bo-chip'))", [box["x"] + 20, box["y"] + 10]
+    )
     assert hit, "nothing lies over it"
     shot(page, f"chip-floating-{theme}")
     # This menu shows no panel: it says so, and leaves no empty one behind.
@@ -200,11 +212,11 @@ def test_it_costs_little(open_plain: Callable[..., Page]) -> None:
           const { readTelemetry } = await import(`${folder}/wire.js`);
           const store = new Store();
           let drawn = 0;
-          const chip = makeChip({ vue: () => false }, store, { open() {}, heard: () => true, drawn: () => (drawn += 1) });
+          const options = { open() {}, heard: () => true, drawn: () => (drawn += 1) };
+          const chip = makeChip({ vue: () => false }, store, options);
           document.body.append(chip.element);
           drawn = 0;
           const frames = { count: 0 };
-          const started = performance.now();
           let busy = 0;
           for (let i = 0; i < 2000; i += 1) {
             const from = performance.now();
@@ -218,7 +230,8 @@ def test_it_costs_little(open_plain: Callable[..., Page]) -> None:
           await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
           const from = performance.now();
           for (let i = 0; i < 200; i += 1) chip.refresh();
-          return { drawn, each_ms: busy / 2000, draw_ms: (performance.now() - from) / 200, kept: store.samples.length, frames: frames.count, started };
+          const draw_ms = (performance.now() - from) / 200;
+          return { drawn, each_ms: busy / 2000, draw_ms, kept: store.samples.length, frames: frames.count };
         }""",
         ["/extensions/balanced_offload/js", canned.telemetry("p", "3", 1, 20)],
     )

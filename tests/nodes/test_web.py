@@ -1,4 +1,4 @@
-"""Invariant: one file of web/js touches the front end; it names the nodes and settings that the pack has, in its words."""
+"""Invariant: one file of web/js touches the front end; it names the pack's nodes and settings in its words."""
 
 from __future__ import annotations
 

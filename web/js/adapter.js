@@ -266,7 +266,8 @@ function drawOverNodes() {
   const canvas = app.canvas;
   if (!canvas || !overlays || !store) return;
   const before = canvas.onDrawForeground;
-  canvas.onDrawForeground = /** @this {any} @param {any} ctx @param {any} area @param {any[]} rest */ function (ctx, area, ...rest) {
+  /** @this {any} @param {any} ctx @param {any} area @param {any[]} rest */
+  canvas.onDrawForeground = function (ctx, area, ...rest) {
     before?.call(this, ctx, area, ...rest);
     ctx.save();
     safely("the strips above nodes", () => overlays.drawOverlay(ctx, area, host, store));
@@ -337,7 +338,9 @@ app.registerExtension({
   commands: [{ id: TOGGLE, label: "Toggle Offload Panel", icon: "pi pi-chart-bar", function: togglePanel }],
   keybindings: [{ combo: { key: "o", alt: true, shift: true }, commandId: TOGGLE }],
   menuCommands: [{ path: ["View"], commands: [TOGGLE] }],
-  bottomPanelTabs: panels ? [{ id: TAB, title: "Offload", type: "custom", render: renderPanel, destroy: unmountPanel }] : [],
+  bottomPanelTabs: panels
+    ? [{ id: TAB, title: "Offload", type: "custom", render: renderPanel, destroy: unmountPanel }]
+    : [],
   actionBarButtons: [
     {
       icon: "pi pi-chart-bar",
@@ -354,7 +357,8 @@ app.registerExtension({
   /** @param {any} node */
   nodeCreated(node) {
     if (!store) return;
-    if (node.comfyClass === REPORT) safely("the widget of VRAM Report", () => reports?.attachReport(node, host, store));
-    if (node.comfyClass === POLICY) safely("the widget of Offload Policy", () => policies?.attachPolicy(node, host, store));
+    const kind = node.comfyClass;
+    if (kind === REPORT) safely("the widget of VRAM Report", () => reports?.attachReport(node, host, store));
+    if (kind === POLICY) safely("the widget of Offload Policy", () => policies?.attachPolicy(node, host, store));
   },
 });

@@ -15,7 +15,8 @@ const DEPTH = 32; // subgraphs inside subgraphs; a graph that holds itself ends 
 function nodeOf(graph, id) {
   if (!graph) return null;
   const numeric = /^\d+$/.test(id) ? Number(id) : id;
-  return graph.getNodeById?.(numeric) ?? graph.getNodeById?.(id) ?? nodesOf(graph).find((node) => String(node.id) === id) ?? null;
+  const known = graph.getNodeById?.(numeric) ?? graph.getNodeById?.(id);
+  return known ?? nodesOf(graph).find((node) => String(node.id) === id) ?? null;
 }
 
 /** @param {any} graph @returns {any[]} */
@@ -99,7 +100,10 @@ export function rowsByNode(starts, rows) {
 
 /** @param {NodeRow} a @param {NodeRow} b @returns {NodeRow} */
 function add(a, b) {
-  /** A cached node cost nothing; any other that is not known leaves the sum unknown. @param {"wall_s" | "moves_s" | "onload_s" | "stall_s" | "evict_s"} key */
+  /**
+   * A cached node cost nothing; any other that is not known leaves the sum unknown.
+   * @param {"wall_s" | "moves_s" | "onload_s" | "stall_s" | "evict_s"} key
+   */
   const sum = (key) => {
     const [one, two] = [a, b].map((row) => (row.cached === true ? (row[key] ?? 0) : row[key]));
     return one === null || two === null ? null : one + two;

@@ -40,12 +40,14 @@ export const movesOf = (run) => sum([run.totals.onload_s, run.totals.stall_s, ru
  * @returns {Vram}
  */
 export function vramOf(from) {
-  const none = { weights: null, activations: null, others: null, free: null, high: null, low: null, peak: null, total: null };
+  const marks = { high: null, low: null, peak: null, total: null };
+  const none = { weights: null, activations: null, others: null, free: null, ...marks };
   if (from === null) return none;
   if (!("totals" in from)) return from.vram;
   const { total, peak, others_start: others } = from.vram;
   const report = "by_component" in from ? from : null;
-  const weights = report?.by_component ? sum(report.by_component.filter((row) => row.component).map((row) => row.left_bytes)) : null;
+  const rows = report?.by_component?.filter((row) => row.component);
+  const weights = rows ? sum(rows.map((row) => row.left_bytes)) : null;
   const { high = null, low = null } = report?.resolved ?? {};
   return { ...none, weights, others, high, low, peak, total };
 }
@@ -63,7 +65,9 @@ export function comparable(rows, row) {
   if (row === null || row.workload === null) return null;
   const at = rows.findIndex((other) => other.prompt_id === row.prompt_id);
   const { created } = row;
-  const older = at >= 0 ? rows.slice(at + 1) : rows.filter((other) => created !== null && other.created !== null && other.created < created);
+  /** @param {RunRow} other */
+  const before = (other) => created !== null && other.created !== null && other.created < created;
+  const older = at >= 0 ? rows.slice(at + 1) : rows.filter(before);
   return older.find((other) => other.complete && other.workload === row.workload) ?? null;
 }
 
@@ -183,11 +187,17 @@ export function timelineOf(report) {
     allocated: points(track, "allocated"),
     stages,
     evictions: evictionsOf(report, end_s),
-    ooms: report.events.flatMap(({ t, kind, text }) => (t !== null && /^oom|^step_down/.test(kind) ? [{ t, text }] : [])),
+    ooms: report.events.flatMap(({ t, kind, text }) =>
+      t !== null && /^oom|^step_down/.test(kind) ? [{ t, text }] : [],
+    ),
   };
 }
 
-/** @param {Report} report @param {Report["vram_track"]} track @returns {import("./types").TimelineModel["components"]} */
+/**
+ * @param {Report} report
+ * @param {Report["vram_track"]} track
+ * @returns {import("./types").TimelineModel["components"]}
+ */
 function residencyOf(report, track) {
   /** @type {Map<string, [number, number][]>} */
   const found = new Map();
@@ -211,7 +221,11 @@ function points(track, key) {
   });
 }
 
-/** Evictions of one component for one reason that lie together are one: its layers leave one by one. @param {Report} report @param {number} end_s */
+/**
+ * Evictions of one component for one reason that lie together are one: its layers leave one by one.
+ * @param {Report} report
+ * @param {number} end_s
+ */
 function evictionsOf(report, end_s) {
   const near = end_s / 200;
   /** @type {import("./types").TimelineModel["evictions"]} */

@@ -122,9 +122,9 @@ export class Store {
   endRun(promptId) {
     const ended = promptId ?? this.running?.prompt_id ?? null;
     if (ended !== null) this.over = ended;
-    if (this.running === null || (promptId !== null && this.running.prompt_id !== null && this.running.prompt_id !== ended)) {
-      return;
-    }
+    if (this.running === null) return;
+    const runs = this.running.prompt_id;
+    if (promptId !== null && runs !== null && runs !== ended) return; // another one
     this.running = null;
     this.tell("run");
   }
@@ -175,7 +175,8 @@ export class Store {
 
   /** @param {RunRow[]} rows newest first */
   setRuns(rows) {
-    this.runs = rows.filter((row, i) => rows.findIndex((other) => other.prompt_id === row.prompt_id) === i).slice(0, RUNS);
+    const first = rows.filter((row, i) => rows.findIndex((other) => other.prompt_id === row.prompt_id) === i);
+    this.runs = first.slice(0, RUNS);
     this.tell("runs");
   }
 

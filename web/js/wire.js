@@ -169,7 +169,11 @@ function readNode(value) {
   };
 }
 
-/** A row of /offload/runs, or what `offload.report` brings. @param {unknown} value @returns {import("./types").RunRow | null} */
+/**
+ * A row of /offload/runs, or what `offload.report` brings.
+ * @param {unknown} value
+ * @returns {import("./types").RunRow | null}
+ */
 export function readRow(value) {
   const given = record(value);
   if (given === null) return null;
