@@ -208,11 +208,12 @@ class PromptRuns:
     def _close(self, run: Run) -> None:
         """The prompt is over: take its figures, and complete what was shown of it."""
         run.finish()  # waits for the device, so before any lock
+        with self.lock:
+            mine, run.closed = not run.closed, True
+        if not mine:  # another thread does the rest
+            return
         run.advise(self._advice)
         with host.queue_lock(), self.lock:
-            if run.closed:
-                return
-            run.closed = True
             if self._run is run:
                 self._run = None
             self._unsettled.append(run)
@@ -388,8 +389,7 @@ def _device_module() -> Any:
 
 def device_session() -> Session | None:
     """The session of the host's device, None where nothing was attached yet."""
-    found: Session | None = _device_module().device_session()
-    return found
+    return _device_module().device_session()  # type: ignore[no-any-return]
 
 
 def _holding() -> bool:

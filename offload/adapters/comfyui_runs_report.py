@@ -142,7 +142,7 @@ class RunReport:
             error_type=ending.type or "Error",
             error_text=f"{ending.text or ''}{where}".strip(),
         )
-        return dataclasses.replace(self, record=record)
+        return dataclasses.replace(self, record=record, hints=(), hint_note=None)
 
     def _verdict(self) -> str:
         record = self.record
@@ -345,7 +345,8 @@ def tell(report: Mapping[str, Any]) -> None:
         return
     _log.info("Balanced Offload: %s", report["line"])
     for hint in report["hints"]:
-        _log.info("Balanced Offload: hint: %s", hint["sentence"])
+        label = (hint["action"] or {}).get("label", "")
+        _log.info("Balanced Offload: hint: %s %s [%s]", hint["sentence"], f"{label}." if label else "", hint["code"])
 
 
 _TOLD = ("policy", "foreign", "stock", "late", "free")

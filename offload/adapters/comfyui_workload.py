@@ -34,8 +34,31 @@ def digest(graph: Mapping[str, Any]) -> str | None:
     """Of a graph in the host's API format; None for an empty one."""
     if not graph:
         return None
-    lines = sorted(_line(graph, node) for node in graph.values() if node["class_type"] not in OURS)
-    return hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest()[:16]
+    free = _free_nodes(graph)
+    kept = (node for key, node in graph.items() if node["class_type"] not in OURS and key not in free)
+    return hashlib.sha256("\n".join(sorted(_line(graph, node) for node in kept)).encode(errors="replace")).hexdigest()[
+        :16
+    ]
+
+
+def _free_nodes(graph: Mapping[str, Any]) -> set[str]:
+    """Nodes whose result goes into free inputs alone: where a text or a seed comes from another node."""
+    ends: dict[str, list[tuple[str, str]]] = {}
+    for key, node in graph.items():
+        for name, value in node.get("inputs", {}).items():
+            if _is_link(graph, value):
+                ends.setdefault(str(value[0]), []).append((key, name))
+    free: set[str] = set()
+    grown = True
+    while grown:
+        more = {
+            key
+            for key, consumers in ends.items()
+            if key not in free and all(name in FREE or consumer in free for consumer, name in consumers)
+        }
+        free |= more
+        grown = bool(more)
+    return free
 
 
 def _line(graph: Mapping[str, Any], node: Mapping[str, Any]) -> str:
@@ -44,7 +67,16 @@ def _line(graph: Mapping[str, Any], node: Mapping[str, Any]) -> str:
 
 
 def _value(graph: Mapping[str, Any], value: Any) -> Any:
-    """A link is the class of the node that it comes from, so that ids do not count."""
-    if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
-        return ["link", str(graph[str(value[0])]["class_type"]), value[1]]
-    return value
+    """A link is the class of the node that it comes from, so that ids do not count; nodes of ours pass things on."""
+    for _ in range(len(graph)):
+        if not _is_link(graph, value):
+            return value
+        source = graph[str(value[0])]
+        if source["class_type"] not in OURS or "anything" not in source.get("inputs", {}):
+            return ["link", str(source["class_type"]), value[1]]
+        value = source["inputs"]["anything"]
+    return None
+
+
+def _is_link(graph: Mapping[str, Any], value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and str(value[0]) in graph

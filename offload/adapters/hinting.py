@@ -5,6 +5,7 @@ the log, the report and the page show the same sentence.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ class Advice:
     """Knows the last runs in short."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # a run ends on the thread that drives the device, or on one that looks after it
         self._before: deque[tuple[str | None, Digest]] = deque(maxlen=RUNS)  # by prompt
 
     def look(self, report: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], str | None]:
@@ -29,9 +31,12 @@ class Advice:
         Costs about a millisecond; never raises.
         """
         try:
-            now = digest(report)
-            found = find(now, [known for _, known in self._before])
-            self._before.append((report.get("prompt_id"), now))
+            now, prompt_id = digest(report), report.get("prompt_id")
+            if prompt_id is not None:
+                self.forget(prompt_id)  # a run is no proof of itself
+            with self._lock:
+                found = find(now, [known for _, known in self._before])
+                self._before.append((prompt_id, now))
         except Exception:
             _log.warning("Balanced Offload: no hint could be looked for", exc_info=True)
             return (), None
@@ -39,5 +44,6 @@ class Advice:
 
     def forget(self, prompt_id: str) -> None:
         """How this run ended is known otherwise now: it is none to compare with."""
-        for known in [known for known in self._before if known[0] == prompt_id]:
-            self._before.remove(known)
+        with self._lock:
+            for known in [known for known in self._before if known[0] == prompt_id]:
+                self._before.remove(known)

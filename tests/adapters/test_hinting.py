@@ -1,4 +1,4 @@
-"""Invariant tested: the second seed's run, by a pipeline: evicted though it fits, told once it is proven, then cured."""
+"""Invariant tested: the second seed's run by a pipeline: evicted though it fits, told when proven, then cured."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ def test_only_the_last_runs_are_kept_and_an_error_is_forgotten() -> None:
     advice.forget(f"{PROMPT}{2 * RUNS - 1}")
     advice.forget("never there")
     assert len(advice._before) == RUNS - 1
+
+
+def test_a_run_that_is_looked_at_twice_is_known_once() -> None:
+    """By the thread that ends it and by the one that looks after it: else it would prove itself."""
+    advice = Advice()
+    for _ in range(2):
+        advice.look({"prompt_id": "p"})
+    assert [known for known, _ in advice._before] == ["p"]
 
 
 @pytest.mark.parametrize("garbage", [{}, {"totals": None}, {"by_component": [{}], "totals": {}}, {"resolved": 3}])

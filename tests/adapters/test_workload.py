@@ -40,6 +40,37 @@ def test_the_same_workload(graph: dict[str, Any]) -> None:
     assert digest(graph) == digest(GRAPH)
 
 
+def linked(kind: str, value: Any, node: str, field: str) -> dict[str, Any]:
+    """An input that another node supplies."""
+    return {**changed(node, **{field: ["8", 0]}), "8": {"class_type": kind, "inputs": {"value": value}}}
+
+
+@pytest.mark.parametrize(("node", "field"), [("3", "text"), ("4", "seed")])
+def test_a_text_or_seed_from_another_node_does_not_count(node: str, field: str) -> None:
+    one, two = (digest(linked("Primitive", value, node, field)) for value in ("a", "b"))
+    assert one == two == digest(GRAPH)
+    chain = linked("Concat", "a", node, field)
+    chain["8"]["inputs"]["more"] = ["7", 0]
+    chain["7"] = {"class_type": "Primitive", "inputs": {"value": "far"}}
+    assert digest(chain) == digest(GRAPH)
+
+
+def test_what_counts_comes_from_another_node_and_counts() -> None:
+    one, two = (digest(linked("Primitive", value, "4", "steps")) for value in (20, 21))
+    assert one != two
+
+
+def test_a_report_in_the_middle_makes_no_other_workload() -> None:
+    graph = {**changed("5", images=["9", 0]), "9": {"class_type": "VRAMReport", "inputs": {"anything": ["4", 0]}}}
+    assert digest(graph) == digest(GRAPH)
+
+
+def test_links_in_a_circle_end() -> None:
+    graph = {key: {"class_type": "VRAMReport", "inputs": {"anything": [other, 0]}} for key, other in ("ab", "ba")}
+    graph["c"] = {"class_type": "SaveImage", "inputs": {"images": ["a", 0]}}
+    assert digest(graph)
+
+
 def test_ids_do_not_count() -> None:
     renamed = {
         f"1{key}": {
