@@ -33,4 +33,6 @@ def get_full_path_or_raise(folder: str, name: str) -> str:
 
 
 def get_output_directory() -> str:
-    return "" if root is None else str(root / "output")
+    if root is None:  # not the folder that tests run in
+        raise FileNotFoundError("a test sets `root` first")
+    return str(root / "output")
