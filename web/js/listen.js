@@ -65,7 +65,10 @@ export function listen(host, store, page = PAGE) {
       host.on(event, (detail) => store.endRun(promptOf(detail))),
     ),
     host.on("status", () => subscription.start()),
-    host.on("reconnected", () => subscription.again(true)),
+    host.on("reconnected", () => {
+      store.forgetRun(); // it may have ended meanwhile; the server is asked what runs
+      subscription.again(true);
+    }),
     page.onVisibility(() => subscription.again(false)),
     page.later(() => subscription.start(), RETRY_MS),
     () => subscription.stop(),
@@ -94,7 +97,7 @@ function subscribe(host, store, page) {
   /** Our scripts are here: nodes need no line of progress text for this page. Lasts as long as the socket. */
   async function present() {
     const client = host.clientId();
-    if (told.client === client) return;
+    if (stopped || !client || told.client === client) return;
     told.client = client;
     try {
       await host.get(`/offload/status?page=${encodeURIComponent(client)}`);
@@ -107,15 +110,16 @@ function subscribe(host, store, page) {
     const mine = turn;
     cancel();
     if (stopped || page.hidden()) return;
+    void present();
     let wait = RENEW_MS;
     const client = host.clientId();
+    const before = store.running;
     try {
       if (!client) throw new Error("no client id yet");
       const status = await host.get(`/offload/status?telemetry=${encodeURIComponent(client)}`);
       tries = 0;
       const live = readTelemetry(status?.live);
-      if (mine === turn && live !== null && store.running === null) store.setTelemetry(live);
-      void present();
+      if (mine === turn && live !== null) took(before, live);
     } catch {
       tries += 1;
       if (tries < TRIES) wait = RETRY_MS * tries;
@@ -123,8 +127,23 @@ function subscribe(host, store, page) {
     if (mine === turn && !stopped) cancel = page.later(ask, wait);
   }
 
+  /**
+   * What the server says of now. A run that it had told of and does not name any more ended while nobody looked.
+   * @param {StoreLike["running"]} before what ran when it was asked
+   * @param {import("./types").Telemetry} live
+   */
+  function took(before, live) {
+    const { running } = store;
+    const known = running !== null && running === before && running.prompt_id !== null;
+    if (known && running.prompt_id !== live.prompt_id && store.live?.prompt_id === running.prompt_id) {
+      store.endRun(running.prompt_id);
+    }
+    if (store.running === null) store.setTelemetry(live);
+  }
+
   function again() {
     if (!started || stopped) return;
+    void present(); // first and for itself: also where telemetry is refused, or nobody looks
     turn += 1;
     tries = 0;
     cancel();
@@ -135,7 +154,7 @@ function subscribe(host, store, page) {
 
   return {
     start() {
-      if (started) return;
+      if (started) return void present(); // where it could not be said yet
       started = true;
       again();
     },

@@ -129,6 +129,13 @@ export class Store {
     this.tell("run");
   }
 
+  /** What runs is not known any more; it may be told again. */
+  forgetRun() {
+    if (this.running === null) return;
+    this.running = null;
+    this.tell("run");
+  }
+
   /** @param {string | null} promptId @param {string | null} node */
   move(promptId, node) {
     if (this.running?.prompt_id === promptId && this.running.node === node) return;
@@ -178,6 +185,8 @@ export class Store {
     const first = rows.filter((row, i) => rows.findIndex((other) => other.prompt_id === row.prompt_id) === i);
     this.runs = first.slice(0, RUNS);
     this.tell("runs");
+    const runs = this.running?.prompt_id ?? null;
+    if (runs !== null && this.row(runs)?.ended) this.endRun(runs); // its end was not seen
   }
 
   /** A row that is new, or tells more of a known one. @param {RunRow} row */

@@ -304,6 +304,8 @@ export interface StoreLike {
   setTelemetry(telemetry: Telemetry): void;
   setRunning(promptId: string | null, node: string | null): void;
   endRun(promptId: string | null): void;
+  /** What runs is not known any more; unlike an end, it may be told again. */
+  forgetRun(): void;
   setRuns(rows: RunRow[]): void;
   addRow(row: RunRow): void;
   setReport(report: Report): void;

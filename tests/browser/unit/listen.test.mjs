@@ -102,9 +102,9 @@ test("a page that opens hidden asks when it is seen", async () => {
   listen(w.host, w.store, w.page);
   w.send("status", {});
   await w.settle();
-  assert.deepEqual(w.state.asked, []);
+  assert.deepEqual(w.state.asked, [PAGE], "that it is there is said all the same");
   await w.see(true);
-  assert.equal(w.count(ASK), 1);
+  assert.deepEqual([w.count(ASK), w.count(PAGE)], [1, 1]);
 });
 
 test("a new socket is told again that the page is there", async () => {
@@ -126,18 +126,19 @@ test("a server that refuses is asked again, ever more slowly, and nothing throws
   for (const wait of [1, 2, 3, 4]) await w.pass(RETRY_MS * wait);
   await w.pass(RENEW_MS);
   assert.equal(w.count(ASK), 6);
-  assert.equal(w.count(PAGE), 0);
   assert.deepEqual(w.store.runs, []);
 });
 
 test("what the server says of now is shown until a prompt runs", async () => {
-  const w = world({ answers: { "/offload/status": { live: live(null, null) } } });
+  const answers = { "/offload/status": { live: live(null, null) } };
+  const w = world({ answers });
   listen(w.host, w.store, w.page);
   w.send("status", {});
   await w.settle();
   assert.equal(w.store.live.vram.total, 9);
   w.send("execution_start", { prompt_id: "p" });
   w.send("offload.telemetry", live("p", 1));
+  answers["/offload/status"] = { live: live("p", 0.5) };
   await w.pass(RENEW_MS);
   assert.equal(w.store.live.t, 1);
 });
@@ -176,6 +177,89 @@ test("garbage in any event changes nothing and throws nothing", () => {
   }
   assert.deepEqual([w.store.live, w.store.runs, w.store.running], [null, [], null]);
   for (const junk of [null, undefined, {}, [], NaN]) for (const event of ["execution_start", "executing", "execution_error"]) w.send(event, junk);
+});
+
+test("a page whose telemetry is refused says all the same that it is there, and again where that failed", async () => {
+  const w = world();
+  const { get } = w.host;
+  let away = false;
+  w.host.get = (path) => (path.includes("telemetry=") || away ? (get(path), Promise.reject(new Error("503"))) : get(path));
+  listen(w.host, w.store, w.page);
+  w.send("status", {});
+  await w.settle();
+  assert.equal(w.state.asked[0], PAGE);
+  away = true;
+  w.send("reconnected", {});
+  await w.settle();
+  away = false;
+  w.state.hidden = true;
+  w.send("status", {});
+  await w.settle();
+  w.send("status", {});
+  await w.settle();
+  assert.equal(w.count(PAGE), 3);
+});
+
+test("a run that ended while nobody looked is over as soon as the server is asked", async () => {
+  const answers = { "/offload/status": { live: live("p", 1) } };
+  const w = world({ answers });
+  listen(w.host, w.store, w.page);
+  w.send("status", {});
+  await w.settle();
+  assert.equal(w.store.running.prompt_id, "p", "told by the server");
+  answers["/offload/status"] = { live: live(null, null) };
+  await w.pass(RENEW_MS);
+  assert.equal(w.store.running, null);
+  answers["/offload/status"] = { live: live("q", 1) };
+  await w.pass(RENEW_MS);
+  assert.equal(w.store.running.prompt_id, "q");
+  answers["/offload/status"] = { live: live("r", 1) };
+  await w.pass(RENEW_MS);
+  assert.equal(w.store.running.prompt_id, "r", "another one is on by now");
+});
+
+test("a run that the server never told of is not ended by its silence, nor one that began after the question", async () => {
+  const w = world({ answers: { "/offload/status": { live: live(null, null) } } });
+  listen(w.host, w.store, w.page);
+  w.send("execution_start", { prompt_id: "p" });
+  w.send("status", {});
+  await w.settle();
+  assert.equal(w.store.running.prompt_id, "p");
+  w.send("offload.telemetry", live("p", 1));
+  const asked = w.pass(RENEW_MS);
+  w.send("execution_start", { prompt_id: "q" });
+  w.send("offload.telemetry", live("q", 1));
+  await asked;
+  assert.equal(w.store.running.prompt_id, "q");
+});
+
+test("a row that ended ends the run that is thought to be on; one that has not ended does not", async () => {
+  const answers = { "/offload/runs": { runs: [{ prompt_id: "p", ended: false }] } };
+  const w = world({ answers });
+  listen(w.host, w.store, w.page);
+  w.send("offload.telemetry", live("p", 1));
+  w.send("status", {});
+  await w.settle();
+  assert.equal(w.store.running.prompt_id, "p");
+  answers["/offload/runs"] = { runs: [{ prompt_id: "p", ended: true }] };
+  await w.see(false);
+  await w.see(true);
+  assert.equal(w.store.running, null);
+});
+
+test("a new socket: what ran is asked for again, and goes on where it still runs", async () => {
+  const answers = {};
+  const w = world({ answers });
+  listen(w.host, w.store, w.page);
+  w.send("status", {});
+  await w.settle();
+  w.send("execution_start", { prompt_id: "p" });
+  w.send("reconnected", {});
+  assert.equal(w.store.running, null);
+  answers["/offload/status"] = { live: live("p", 2) };
+  w.send("reconnected", {});
+  await w.settle();
+  assert.equal(w.store.running.prompt_id, "p");
 });
 
 test("stop ends it", async () => {
