@@ -10,6 +10,7 @@ import { makeMeter } from "./meter.js";
 import { componentRows, nodeRows, stepsOf, timelineOf, vramOf } from "./model.js";
 import { runLabel } from "./runs.js";
 import { makeSpark } from "./spark.js";
+import { pointSteps } from "./steps.js";
 import { makeTable } from "./table.js";
 import { makeTabs } from "./tabs.js";
 import { makeTimeline } from "./timeline.js";
@@ -198,30 +199,6 @@ function makeSized(make, height) {
     },
     destroy: () => part.destroy(),
   };
-}
-
-/** Exact points at step boundaries as the steps that they end. @param {readonly import("./types").Point[]} points */
-export function pointSteps(points) {
-  /** @type {import("./types").Step[]} */
-  const steps = [];
-  /** @type {import("./types").Point | null} */
-  let last = null;
-  for (const point of points) {
-    const { step_ms, stall_ms, moved, node, t } = point;
-    // Between a boundary that ends no step and this one may lie more than a step.
-    const before = last !== null && last.node === node && last.step_ms !== null ? last.moved : null;
-    if (step_ms !== null) {
-      steps.push({
-        ...{ node, i: point.step === null ? steps.length : Math.max(0, point.step - 1), count: 1 },
-        ...{ t0: t === null ? null : Math.max(0, t - step_ms / 1e3), t1: t, overlapped_s: null },
-        compute_s: Math.max(0, step_ms - (stall_ms ?? 0)) / 1e3,
-        stall_s: stall_ms === null ? null : stall_ms / 1e3,
-        bytes_h2d: moved !== null && before !== null && moved >= before ? moved - before : null,
-      });
-    }
-    last = point;
-  }
-  return steps;
 }
 
 /** @param {import("./types").ComponentBytes} component */

@@ -5,6 +5,7 @@
  */
 import { button, el, setText, setValue } from "./dom.js";
 import { bytes, count, pair, seconds } from "./format.js";
+import { cleanSteps, pointSteps, sumOf } from "./steps.js";
 
 /** @typedef {import("./types").Host} Host */
 /** @typedef {import("./types").RunRow} RunRow */
@@ -46,8 +47,7 @@ export function liveFigures({ live, points }) {
   /** @type {Figures} */
   const none = { wall: null, peak: null, total: null, moves: null, moved_bytes: null, stall: null, onload: null };
   if (!live) return none;
-  const waited = points.filter((point) => point.stall_ms !== null);
-  const stall = waited.length ? waited.reduce((sum, point) => sum + Number(point.stall_ms), 0) / 1e3 : null;
+  const stall = sumOf(cleanSteps(pointSteps(points)), "stall_s");
   return { ...none, wall: live.t, peak: live.vram.peak, total: live.vram.total, moved_bytes: live.moved, stall };
 }
 

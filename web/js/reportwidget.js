@@ -15,6 +15,7 @@ import { makeMeter } from "./meter.js";
 import { movesOf, stepsOf, vramOf } from "./model.js";
 import { attachWidget, chain } from "./nodewidget.js";
 import { makeSpark } from "./spark.js";
+import { pointSteps } from "./steps.js";
 import { readReport } from "./wire.js";
 
 /** @typedef {import("./types.d.ts").Host} Host */
@@ -202,7 +203,7 @@ function makeView({ top, rest }, host) {
     const vram = live ? vramOf(store.live) : vramAfter(store, row, report);
     meter.update(vram);
     spark.update([...course], vram);
-    const bars = live ? store.points.filter((point) => point.step_ms !== null).map(stepOf) : report ? stepsOf(report) : [];
+    const bars = live ? pointSteps(store.points) : report ? stepsOf(report) : [];
     steps.update(bars);
     spark.element.hidden = empty || course.length < 2;
     steps.element.hidden = empty || !bars.length;
@@ -247,20 +248,6 @@ function courseOf(own, report, run) {
   }
   const others = report?.vram.others_start ?? 0;
   return (report?.vram_track ?? []).map(({ t, allocated }) => ({ t, used: allocated === null ? null : allocated + others }));
-}
-
-/**
- * A point at a step's boundary as a step: what its copies did behind compute is known at the end.
- * @param {import("./types.d.ts").Point} point
- * @param {number} index
- * @returns {Step}
- */
-function stepOf(point, index) {
-  const { step, step_ms, stall_ms, t, node } = point;
-  const stall = stall_ms === null ? null : stall_ms / 1e3;
-  const compute = step_ms === null ? null : Math.max(0, step_ms / 1e3 - (stall ?? 0));
-  const i = step === null ? index : Math.max(0, step - 1); // telemetry counts from 1, a report from 0
-  return { node, i, t0: null, t1: t, compute_s: compute, stall_s: stall, overlapped_s: null, bytes_h2d: null, count: 1 };
 }
 
 function makeFigures() {

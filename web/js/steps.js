@@ -5,6 +5,7 @@
 import { known } from "./scale.js";
 
 /** @typedef {import("./types.d.ts").Step} Step */
+/** @typedef {import("./types.d.ts").Point} Point */
 /**
  * @typedef {{compute_s: number | null, stall_s: number | null, overlapped_s: number | null, bytes: number | null}} Each
  * @typedef {object} CleanStep
@@ -101,4 +102,51 @@ export function groupsOf(steps) {
     else out.push({ node: step.node, from: i, to: i + 1 });
   });
   return out;
+}
+
+/** How far a span may be from the sum of its steps: clocks and rounding. */
+const SLACK_S = 0.002;
+const SLACK_SHARE = 0.02;
+
+/**
+ * Exact points at step boundaries as the steps that they end. Where the host passed over steps a point has the mean of
+ * all since the one before.
+ * @param {readonly Point[]} points
+ * @returns {Step[]}
+ */
+export function pointSteps(points) {
+  /** @type {Step[]} */
+  const steps = [];
+  /** @type {Point | null} */
+  let last = null;
+  for (const point of points) {
+    const { step, step_ms, stall_ms, moved, node, t } = point;
+    if (step_ms !== null) {
+      const since = sinceOf(last, point);
+      const count = since ?? 1;
+      const before = since === null ? null : (last?.moved ?? null);
+      steps.push({
+        ...{ node, i: step === null ? steps.length : Math.max(0, step - count), count },
+        ...{ t0: t === null ? null : Math.max(0, t - (count * step_ms) / 1e3), t1: t, overlapped_s: null },
+        compute_s: (count * Math.max(0, step_ms - (stall_ms ?? 0))) / 1e3,
+        stall_s: stall_ms === null ? null : (count * stall_ms) / 1e3,
+        bytes_h2d: moved !== null && before !== null && moved >= before ? moved - before : null,
+      });
+    }
+    last = point;
+  }
+  return steps;
+}
+
+/**
+ * How many steps a point ends; null where that is not known, as points between the two were missed.
+ * @param {Point | null} last
+ * @param {Point} point
+ */
+function sinceOf(last, { step, step_ms, node, t }) {
+  if (!last || last.node !== node || last.step === null || step === null || step <= last.step) return null;
+  const count = Math.round(step - last.step);
+  if (count <= 1 || t === null || last.t === null || step_ms === null) return Math.max(1, count);
+  const sum = (count * step_ms) / 1e3;
+  return Math.abs(t - last.t - sum) <= SLACK_S + SLACK_SHARE * sum ? count : null;
 }
