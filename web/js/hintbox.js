@@ -45,7 +45,7 @@ const WHY = new Map([
   [
     "CORE_DEFAULT_BEST",
     "The same work ran faster by the default: compared are the fastest of two runs with this policy and the slowest " +
-      "of two without it.",
+      "by the default, of which one run is enough.",
   ],
 ]);
 const EVIDENCE = "Hints are given only where the ledger proves the saving over two comparable runs.";

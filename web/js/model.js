@@ -3,7 +3,7 @@
  * Invariant: pure; what is drawn is computed here from what the server said, and adds nothing to it: a figure that
  * cannot be known from it is null, and a change is against a comparable run or null.
  */
-import { bare, brief, bytes, pair, seconds, unit, UNKNOWN } from "./format.js";
+import { bare, brief, bytes, pair, percent, seconds, unit, UNKNOWN } from "./format.js";
 import { usedOf } from "./store.js";
 
 /** @typedef {import("./types").Report} Report */
@@ -77,17 +77,53 @@ export function comparable(rows, row) {
  * @returns {import("./types").ComponentTableRow[]}
  */
 export function componentRows(report, before = null) {
-  return (report.by_component ?? []).map((row) => {
-    const { weight_bytes, resident_bytes } = row;
+  return (report.by_component ?? []).map(({ dropped_for, ...row }) => {
     const moves = sum([row.onload_s, row.stall_s, row.evict_s]);
     const then = before?.by_component?.find((other) => other.component === row.component);
     return {
       ...row,
-      resident: !weight_bytes || resident_bytes === null ? null : Math.min(1, resident_bytes / weight_bytes),
+      resident: shareOf(row),
       moves_s: moves,
+      evicted: dropped_for && reasonsText(dropped_for),
       change_s: then ? change(moves, sum([then.onload_s, then.stall_s, then.evict_s])) : null,
     };
   });
+}
+
+/** @param {Pick<import("./types").ComponentSums, "weight_bytes" | "resident_bytes">} row */
+const shareOf = ({ weight_bytes, resident_bytes }) =>
+  !weight_bytes || resident_bytes === null ? null : Math.min(1, resident_bytes / weight_bytes);
+
+/** "low 4.8 GiB, need 1.0 GiB": the most first. @param {[string, number][]} reasons */
+function reasonsText(reasons) {
+  const sorted = [...reasons].sort((a, b) => b[1] - a[1]);
+  return sorted.map(([reason, held]) => `${reason.replaceAll("_", " ")} ${bytes(held)}`).join(", ") || "nothing";
+}
+
+/**
+ * The components of the stages that began while a node ran, each with what was on the device of it at most in this run.
+ * A node that is made by another lies inside it: a stage is of the one that began last.
+ * @param {Report | RunRow} report
+ * @returns {Map<NodeRow, string>}
+ */
+function residentByNode(report) {
+  /** @type {Map<NodeRow, Set<string>>} */
+  const used = new Map();
+  if (!("stages" in report)) return new Map();
+  for (const { component, t0 } of report.stages) {
+    const inside = report.nodes.filter((row) => t0 !== null && row.t0 !== null && row.t0 <= t0 && t0 < (row.t1 ?? 0));
+    const node = inside.reduce((/** @type {NodeRow | null} */ a, b) => (a && (a.t0 ?? 0) > (b.t0 ?? 0) ? a : b), null);
+    if (!node) continue;
+    const names = used.get(node) ?? new Set();
+    for (const name of component.split("+")) if (name) names.add(name);
+    used.set(node, names);
+  }
+  /** @param {string} name */
+  const said = (name) => {
+    const sums = report.by_component?.find((row) => row.component === name);
+    return sums ? `${name} ${percent(shareOf(sums))}, ${bytes(sums.resident_bytes)}` : `${name} ${UNKNOWN}`;
+  };
+  return new Map([...used].map(([node, names]) => [node, [...names].map(said).join("; ")]));
 }
 
 /**
@@ -97,11 +133,14 @@ export function componentRows(report, before = null) {
  * @returns {import("./types").NodeTableRow[]}
  */
 export function nodeRows(report, before = null) {
+  const resident = residentByNode(report);
   return report.nodes
     .filter((row) => row.cached !== true)
-    .map(({ display, type, wall_s, moves_s, stall_s, peak, id }) => {
+    .map((row) => {
+      const { display, type, wall_s, moves_s, onload_s, stall_s, peak, id } = row;
       const then = before?.nodes.find((other) => other.id === id && other.type === type && other.cached !== true);
-      return { display, type, wall_s, moves_s, stall_s, peak, change_s: then ? change(wall_s, then.wall_s) : null };
+      const change_s = then ? change(wall_s, then.wall_s) : null;
+      return { display, type, wall_s, moves_s, onload_s, stall_s, peak, change_s, resident: resident.get(row) || null };
     });
 }
 

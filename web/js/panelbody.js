@@ -39,6 +39,7 @@ const COMPONENTS = [
   { key: "change_s", title: "Change", kind: "delta", help: "Time of its moves against the comparable run" },
   { key: "weight_bytes", title: "Weights", kind: "bytes" },
   { key: "avoidable_bytes", title: "Avoidable", kind: "bytes", help: "Bytes of moves that the run did not need" },
+  { key: "evicted", title: "Evicted for", kind: "text", help: "Bytes that left the device, by reason" },
   { key: "evict_s", title: "Evict", kind: "seconds", help: "Giving room back" },
   { key: "compute_s", title: "Compute", kind: "seconds" },
 ];
@@ -47,7 +48,9 @@ const NODES = [
   { key: "display", title: "Node", kind: "text" },
   { key: "type", title: "Type", kind: "text" },
   { key: "wall_s", title: "Time", kind: "seconds" },
+  { key: "resident", title: "Resident", kind: "text", help: "Most of each component in its stages that was on the device" },
   { key: "moves_s", title: "Moves", kind: "seconds", help: "Onload, stall and evict together" },
+  { key: "onload_s", title: "Onload", kind: "seconds", help: "Blocked on a copy outside a step" },
   { key: "stall_s", title: "Stall", kind: "seconds", help: "Compute waits for a copy, inside a step" },
   { key: "peak", title: "Peak", kind: "bytes" },
   { key: "change_s", title: "Change", kind: "delta", help: "Time of the node against the comparable run" },
@@ -55,7 +58,7 @@ const NODES = [
 /** @type {Column[]} */
 const TIMERS = [
   { key: "name", title: "Timer", kind: "text" },
-  { key: "seconds", title: "Time", kind: "seconds" },
+  { key: "figure", title: "Figure", kind: "seconds", kindKey: "unit", help: "Seconds, or the size of what has none" },
   { key: "means", title: "What it is", kind: "text" },
   { key: "turn", title: "What to turn", kind: "text" },
 ];
@@ -148,7 +151,7 @@ export function makeBody() {
       if (report !== drawn) {
         timeline.update(timelineOf(report));
         steps.update(stepsOf(report));
-        timers.update(report.timers.map((timer) => ({ ...timer })));
+        timers.update(report.timers.map(timerRow));
       }
       components.update(componentRows(report, before).map((row) => ({ ...row, component: row.component || OUTSIDE })));
       nodes.update(nodeRows(report, before ?? beforeRow));
@@ -199,6 +202,12 @@ function makeSized(make, height) {
     },
     destroy: () => part.destroy(),
   };
+}
+
+/** @param {import("./types").Timer} timer */
+function timerRow({ name, seconds, bytes, means, turn }) {
+  const size = seconds === null && bytes !== null;
+  return { name, figure: size ? bytes : seconds, unit: size ? "bytes" : "seconds", means, turn };
 }
 
 /** @param {import("./types").ComponentBytes} component */

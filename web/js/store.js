@@ -6,6 +6,7 @@
 
 /** @typedef {import("./types").StoreEvent} StoreEvent */
 /** @typedef {import("./types").Telemetry} Telemetry */
+/** @typedef {import("./types").Sample} Sample */
 /** @typedef {import("./types").RunRow} RunRow */
 /** @typedef {import("./types").Report} Report */
 /** @typedef {import("./types").StoreLike} StoreLike */
@@ -13,6 +14,7 @@
 export const SAMPLES = 1200;
 export const POINTS = 2048;
 export const RUNS = 64;
+export const ENDED = 512;
 export const REPORTS = 8;
 
 /**
@@ -32,7 +34,7 @@ export class Store {
     this.live = null;
     /** @type {{prompt_id: string | null, node: string | null} | null} */
     this.running = null;
-    /** @type {import("./types").Sample[]} */
+    /** @type {Sample[]} */
     this.samples = [];
     /** @type {import("./types").Point[]} */
     this.points = [];
@@ -40,8 +42,14 @@ export class Store {
     this.runs = [];
     /** @type {string | null} */
     this.selected = null;
-    /** Whose samples and points these are. @type {string | null} */
+    /** @type {import("./types").NodeRow[]} */
+    this.ended = [];
+    /** Whose samples, points and ended nodes these are. @type {string | null} */
     this.sampled = null;
+    /** The last prompt that this page queued. @type {string | null} */
+    this.mine = null;
+    /** A sample before the last one: the next says which of the two was wrong. @type {Sample | null} */
+    this.doubtful = null;
     /** Seconds between two samples; doubled each time that they are too many. */
     this.stride = 0;
     /** The prompt that ended last: what comes late does not start it again. @type {string | null} */
@@ -99,7 +107,9 @@ export class Store {
     const late = promptId !== null && promptId === this.over;
     if (promptId !== null && !late) {
       if (this.sampled !== promptId) this.begin(promptId);
+      if (this.running !== null && this.running.prompt_id === null) this.mine = promptId; // the host told of it
       this.sample(telemetry);
+      this.end(telemetry.ended);
       this.move(promptId, telemetry.node ?? (this.running?.prompt_id === promptId ? this.running.node : null));
     }
     this.live = telemetry;
@@ -107,7 +117,7 @@ export class Store {
   }
 
   /**
-   * A prompt started, or went on to a node. `promptId` null: the one that runs, whichever it is.
+   * The host told this page that its prompt started, or went on to a node. `promptId` null: the one that runs.
    * @param {string | null} promptId
    * @param {string | null} node
    */
@@ -115,6 +125,7 @@ export class Store {
     const known = promptId ?? this.running?.prompt_id ?? null;
     if (known !== null && known === this.over) this.over = null; // the host says so itself: it is on again
     if (known !== null && this.sampled !== known) this.begin(known);
+    this.mine = known;
     this.move(known, node);
   }
 
@@ -148,7 +159,14 @@ export class Store {
     this.sampled = promptId;
     this.samples = [];
     this.points = [];
+    this.ended = [];
     this.stride = 0;
+    this.doubtful = null;
+  }
+
+  /** A node that ended again is told anew. @param {import("./types").NodeRow[]} rows */
+  end(rows) {
+    for (const row of rows) this.ended = this.ended.filter((other) => other.id !== row.id).concat(row).slice(-ENDED);
   }
 
   /** @param {Telemetry} telemetry */
@@ -158,14 +176,27 @@ export class Store {
     if (this.points.length > POINTS) this.points.splice(0, this.points.length - POINTS);
     if (t === null) return;
     const used = usedOf(telemetry.vram);
-    // A clock that jumped back: what it said from there on was wrong.
-    while (this.samples.length && this.samples[this.samples.length - 1].t > t) this.samples.pop();
     const last = this.samples[this.samples.length - 1];
-    if (last && t - last.t < this.stride) {
-      last.used = higher(last.used, used);
+    if (last && t < last.t) {
+      const before = this.doubtful;
+      this.doubtful = { t, used };
+      if (before === null || t <= before.t) return;
+      // The clock goes on from where it jumped back to: what lay after that was wrong.
+      this.samples = this.samples.filter((sample) => sample.t < before.t).concat(before);
+    }
+    this.doubtful = null;
+    for (const sample of stagesOf(telemetry, this.samples[this.samples.length - 1])) this.keep(sample);
+    this.keep({ t, used });
+  }
+
+  /** @param {Sample} sample no earlier than the last one */
+  keep(sample) {
+    const last = this.samples[this.samples.length - 1];
+    if (last && sample.t - last.t < this.stride) {
+      last.used = higher(last.used, sample.used);
       return;
     }
-    this.samples.push({ t, used });
+    this.samples.push(sample);
     if (this.samples.length > SAMPLES) this.thin();
   }
 
@@ -210,6 +241,26 @@ export class Store {
     }
     this.tell("report");
   }
+}
+
+/**
+ * What was in use where nodes began and ended since the last sample: what torch had, beside what others have. What its
+ * cache held is not known there: it is not taken for a dip.
+ * @param {Telemetry} telemetry
+ * @param {Sample | undefined} last
+ * @returns {Sample[]}
+ */
+function stagesOf({ t, vram, stages }, last) {
+  const now = usedOf(vram);
+  const floor = last && last.used !== null && now !== null ? Math.min(last.used, now) : 0;
+  const { others } = vram;
+  return stages
+    .flatMap(({ t: at, allocated }) =>
+      at === null || allocated === null || others === null || t === null || at > t || at < (last?.t ?? 0)
+        ? []
+        : [{ t: at, used: Math.max(floor, allocated + others) }],
+    )
+    .sort((a, b) => a.t - b.t);
 }
 
 /** @param {number | null} a @param {number | null} b */

@@ -11,6 +11,7 @@ import { bytes, count, delta, percent, seconds } from "./format.js";
  * @property {string} key
  * @property {string} title
  * @property {"text" | "bytes" | "seconds" | "percent" | "count" | "delta"} kind delta: seconds, signed
+ * @property {string} [kindKey] the row's field that says "seconds" or "bytes", where they differ from row to row
  * @property {string} [help] what the column means: its tooltip
  * @typedef {Record<string, unknown>} Row
  */
@@ -145,11 +146,17 @@ function fillRow(element, row, columns) {
   columns.forEach((column, i) => {
     const cell = /** @type {HTMLElement} */ (element.cells[i]);
     const value = row[column.key];
-    setText(cell, cellText(value, column.kind));
+    setText(cell, cellText(value, kindOf(column, row)));
     setValue(cell, column.kind === "text" ? null : numberOf(value));
     if (column.kind === "text")
       setAttr(cell, "title", cell.textContent && cell.textContent.length > 24 ? cell.textContent : null);
   });
+}
+
+/** @param {Column} column @param {Row} row @returns {Column["kind"]} */
+function kindOf({ kind, kindKey }, row) {
+  const own = kindKey === undefined ? null : row[kindKey];
+  return own === "bytes" || own === "seconds" ? own : kind;
 }
 
 /** @param {unknown} value */
@@ -202,6 +209,8 @@ export function sortRows(rows, columns, order) {
   return rows
     .map((row) => ({ row, value: of(row) }))
     .sort((a, b) => {
+      const units = [kindOf(column, a.row), kindOf(column, b.row)];
+      if (units[0] !== units[1] && a.value !== null && b.value !== null) return units[0] < units[1] ? 1 : -1;
       if (a.value === null || b.value === null) return Number(a.value === null) - Number(b.value === null);
       const less =
         text || typeof a.value === "string" || typeof b.value === "string"

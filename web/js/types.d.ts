@@ -41,6 +41,8 @@ export interface Telemetry {
   v: number;
   prompt_id: string | null;
   node: string | null;
+  /** The type of `node`, as the host that runs it has it. */
+  type: string | null;
   t: number | null;
   device: string | null;
   step: number | null;
@@ -51,6 +53,10 @@ export interface Telemetry {
   moved: number | null;
   components: ComponentBytes[] | null;
   points: Point[];
+  /** Exact points where nodes began and ended, since the last message. */
+  stages: Point[];
+  /** Nodes that ended since then. */
+  ended: NodeRow[];
 }
 
 /** One point of the sparkline: what was in use on the card (everybody's), or null. */
@@ -107,6 +113,8 @@ export interface Hint {
 export interface Timer {
   name: string;
   seconds: number | null;
+  /** Of a figure that is a size. */
+  bytes: number | null;
   means: string;
   turn: string;
 }
@@ -164,6 +172,8 @@ export interface ComponentSums {
   evict_s: number | null;
   compute_s: number | null;
   peak: number | null;
+  /** Why it was evicted: reasons with bytes. */
+  dropped_for: [string, number][] | null;
 }
 
 /** A node of the report, or of a row of /offload/runs: there `moves_s` is given, here it is what can be summed. */
@@ -172,6 +182,10 @@ export interface NodeRow {
   /** The id of the node that the user sees: an execution id such as "5" or "3:7". */
   display: string;
   type: string;
+  /** From its first mark to its last, in a report; while it was suspended others ran. */
+  t0: number | null;
+  t1: number | null;
+  /** The sum of what it ran itself. */
   wall_s: number | null;
   moves_s: number | null;
   onload_s: number | null;
@@ -271,6 +285,8 @@ export interface ComponentTableRow {
   compute_s: number | null;
   peak: number | null;
   change_s: number | null;
+  /** "low 4.8 GiB, need 1.0 GiB"; null: not known. */
+  evicted: string | null;
 }
 
 /** A row of the panel's table by node; `change_s`: time now less time then. */
@@ -280,9 +296,12 @@ export interface NodeTableRow {
   type: string;
   wall_s: number | null;
   moves_s: number | null;
+  onload_s: number | null;
   stall_s: number | null;
   peak: number | null;
   change_s: number | null;
+  /** "denoiser 71 %, 8.0 GiB": of the components that it used, in a whole report. */
+  resident: string | null;
 }
 
 export type StoreEvent = "live" | "run" | "runs" | "report" | "selected";
@@ -291,6 +310,12 @@ export type StoreEvent = "live" | "run" | "runs" | "report" | "selected";
 export interface StoreLike {
   readonly live: Telemetry | null;
   readonly running: { prompt_id: string | null; node: string | null } | null;
+  /** The last prompt that this page queued: only of those does the host itself tell a page. */
+  readonly mine: string | null;
+  /** Whose samples, points and ended nodes are kept. */
+  readonly sampled: string | null;
+  /** Nodes of that prompt that ended, as far as they were told. */
+  readonly ended: readonly NodeRow[];
   readonly samples: readonly Sample[];
   readonly points: readonly Point[];
   /** Newest first. */

@@ -103,11 +103,14 @@ export function readTelemetry(value) {
     v: number(given.v) ?? 1,
     prompt_id: id(given.prompt_id),
     node: id(given.node),
+    type: text(given.type, 256) || null,
     device: text(given.device, 256),
     ...figures(given, ["t", "step", "steps", "step_ms", "stall_ms", "moved"]),
     vram: readVram(given.vram),
     components: Array.isArray(given.components) ? list(given.components, readComponent, 256) : null,
     points: list(given.points, readPoint),
+    stages: list(given.stages, readPoint),
+    ended: list(given.ended, readNode),
   };
 }
 
@@ -156,10 +159,10 @@ function readNode(value) {
   const name = id(given?.id) ?? id(given?.display);
   if (given === null || name === null) return null;
   const row = figures(given, ["wall_s", "moves_s", "onload_s", "stall_s", "evict_s", "peak", "t0", "t1"]);
-  const { t0, t1, ...times } = row;
+  const { t0, t1 } = row;
   const moves = [row.onload_s, row.stall_s, row.evict_s];
   return {
-    ...times,
+    ...row,
     id: name,
     display: id(given.display) ?? name,
     type: text(given.type, 256) ?? "",
@@ -240,7 +243,21 @@ function readMove(value) {
 function readSums(value) {
   const given = record(value);
   const component = text(given?.component, 256);
-  return given === null || component === null ? null : { ...figures(given, SUMS), component };
+  if (given === null || component === null) return null;
+  return { ...figures(given, SUMS), component, dropped_for: readReasons(given.dropped_for) };
+}
+
+/** Bytes by reason. @param {unknown} value @returns {[string, number][] | null} */
+function readReasons(value) {
+  const given = record(value);
+  if (given === null) return null;
+  return Object.entries(given)
+    .slice(0, 64)
+    .flatMap(([name, bytes]) => {
+      const reason = text(name, 64);
+      const known = number(bytes);
+      return reason && known ? [/** @type {[string, number]} */ ([reason, known])] : [];
+    });
 }
 
 /** @param {unknown} value */
@@ -269,7 +286,8 @@ function readTimer(value) {
   const given = record(value);
   const name = text(given?.name, 64);
   if (given === null || !name) return null;
-  return { name, seconds: number(given.seconds), means: text(given.means) ?? "", turn: text(given.turn) ?? "" };
+  const words = { means: text(given.means) ?? "", turn: text(given.turn) ?? "" };
+  return { name, seconds: number(given.seconds), bytes: number(given.bytes), ...words };
 }
 
 /** @param {unknown} value */

@@ -58,6 +58,13 @@ test("a subgraph is the sum of its nodes", () => {
   assert.equal(rowsByNode([], rows).size, 0);
 });
 
+test("a node and those that it made add up to what all of them took", () => {
+  // The server leaves out of a node what ran while it was suspended.
+  const rows = [row("5", 0.25, 0.0), row("5", 2.5, 1, { id: "5.0.1" }), row("5", 0.5, 0.25, { id: "5.0.2" })];
+  const sums = rowsByNode([""], rows).get("5");
+  assert.deepEqual([sums.wall_s, sums.moves_s], [3.25, 1.25]);
+});
+
 test("an unknown part leaves the sum unknown, a cached one costs nothing", () => {
   const cached = row("3:8", null, null, { cached: true });
   const sums = rowsByNode([""], [row("3:7", 2, 0.5), cached]).get("3");

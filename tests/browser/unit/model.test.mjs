@@ -64,6 +64,31 @@ test("nodes: those that ran, with the change of their time", () => {
   ]);
 });
 
+test("components: what they were evicted for, the most first", () => {
+  const dropped = (dropped_for) => model.componentRows(report({ by_component: [sums("a", { dropped_for })] }))[0].evicted;
+  assert.equal(dropped({ need: GIB, low: 4.8 * GIB, before_decode: 1 }), "low 4.8 GiB, need 1.0 GiB, before decode 1 B");
+  assert.equal(dropped({}), "nothing");
+  assert.equal(dropped(undefined), null);
+});
+
+test("nodes: the components of the stages that began in them, inside the node that made them", () => {
+  const node = (id, t0, t1) => ({ id, type: "T", t0, t1, wall_s: 1, onload_s: 0.5, stall_s: 0, evict_s: 0 });
+  const stage = (component, t0) => ({ name: "s", component, t0, t1: t0 + 1 });
+  const whole = report({
+    nodes: [node("1", 0, 2), node("2", 2, 9), node("2.0", 3, 8), node("3", 9, 10)],
+    stages: [stage("text", 0.5), stage("a+b", 4), stage("vae", 2.5), stage("x", 11), stage("y", null)],
+    by_component: [sums("text", { weight_bytes: 10, resident_bytes: 5 }), sums("a", { weight_bytes: null })],
+  });
+  const said = model.nodeRows(whole).map(({ display, resident, onload_s }) => [display, resident, onload_s]);
+  assert.deepEqual(said, [
+    ["1", "text 50 %, 5 B", 0.5],
+    ["2", "vae n/a", 0.5],
+    ["2.0", "a n/a, 5 B; b n/a", 0.5],
+    ["3", null, 0.5],
+  ]);
+  assert.equal(model.nodeRows(row("p", { nodes: [node("1", 0, 2)] }))[0].resident, null);
+});
+
 test("a node has a text where its moves are worth a word", () => {
   const text = (wall_s, moves_s, peak = 9.8 * GIB) => model.nodeText({ wall_s, moves_s, peak });
   assert.equal(text(12.4, 1.5), "12.4 s, moves 1.5 s, peak 9.8 GiB");

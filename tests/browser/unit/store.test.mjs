@@ -46,6 +46,55 @@ test("a clock that jumps leaves no wrong sample behind", () => {
   assert.deepEqual(store.samples.map((sample) => sample.t), [0, 1, 1.5, 2]);
 });
 
+test("one time that is garbage takes nothing away, wherever it comes", () => {
+  for (const wrong of [0, 0.5, 1e9]) {
+    const store = new Store();
+    for (const t of [1, 2, 3, wrong, 4, 5, wrong, 6]) store.setTelemetry(telemetry("p", t));
+    assert.deepEqual(store.samples.map((sample) => sample.t).filter((t) => t <= 6), [1, 2, 3, 4, 5, 6].slice(0, wrong > 6 ? 5 : 6), String(wrong));
+  }
+  const store = new Store();
+  for (const t of [1, 2, 0, 0, 0, 3]) store.setTelemetry(telemetry("p", t));
+  assert.deepEqual(store.samples.map((sample) => sample.t), [1, 2, 3]);
+});
+
+test("where nodes began and ended there is a sample, and no dip that is only the allocator's cache", () => {
+  const store = new Store();
+  const vram = (used) => ({ total: 100, free: 100 - used, others: 5 });
+  const at = (t, allocated) => ({ t, node: "3", allocated });
+  store.setTelemetry(telemetry("p", 1, { vram: vram(40) }));
+  store.setTelemetry(telemetry("p", 2, { vram: vram(50), stages: [at(1.75, 70), at(1.25, 10), at(0.5, 99), at(9, 99), at(null, 1), at(1.5, null), 3] }));
+  assert.deepEqual(store.samples, [{ t: 1, used: 40 }, { t: 1.25, used: 40 }, { t: 1.75, used: 75 }, { t: 2, used: 50 }]);
+  store.setTelemetry(telemetry("p", 3, { vram: { total: 100, free: 60 }, stages: [at(2.5, 70)] }));
+  assert.equal(store.samples.length, 5, "with what others have not known, neither is the sum");
+});
+
+test("nodes that ended are kept until the next run, each told once", () => {
+  const store = new Store();
+  const ended = (id, wall_s) => ({ id, display: id, type: "T", wall_s, moves_s: 0.5, stall_s: 0, peak: 9, cached: false });
+  store.setTelemetry(telemetry("p", 1, { ended: [ended("1", 2), ended("2", 1)] }));
+  store.setTelemetry(telemetry("p", 2, { ended: [ended("1", 3), null, {}] }));
+  assert.deepEqual(store.ended.map(({ id, wall_s }) => [id, wall_s]), [["2", 1], ["1", 3]]);
+  store.endRun("p");
+  assert.equal(store.ended.length, 2, "its report is not there yet");
+  store.setTelemetry(telemetry("q", 1));
+  assert.deepEqual([store.ended.length, store.sampled], [0, "q"]);
+});
+
+test("a page's own prompts are those of which the host itself told it", () => {
+  const store = new Store();
+  store.setTelemetry(telemetry("other", 1));
+  assert.equal(store.mine, null);
+  store.setRunning("ours", "1");
+  store.setTelemetry(telemetry("ours", 1));
+  assert.equal(store.mine, "ours");
+  store.setTelemetry(telemetry("next", 1));
+  assert.equal(store.mine, "ours");
+  const opened = new Store();
+  opened.setRunning(null, "1"); // what a host says to a page that comes back
+  opened.setTelemetry(telemetry("ours", 1));
+  assert.equal(opened.mine, "ours");
+});
+
 test("another prompt begins anew", () => {
   const store = new Store();
   store.setTelemetry(telemetry("a", 1, { points: [{ t: 1 }] }));

@@ -15,6 +15,14 @@ const ROWS = [
 ];
 const names = (rows) => rows.map(({ name }) => name);
 
+test("a column whose unit differs from row to row is sorted by unit, then by its numbers", () => {
+  const columns = [{ key: "figure", title: "Figure", kind: "seconds", kindKey: "unit" }];
+  const rows = [[5, "bytes"], [9, "seconds"], [null, "seconds"], [7, "bytes"], [8, "of what"]].map(([figure, unit]) => ({ figure, unit }));
+  const sorted = (down) => sortRows(rows, columns, { key: "figure", down }).map(({ figure }) => figure);
+  assert.deepEqual(sorted(true), [9, 8, 7, 5, null]);
+  assert.deepEqual(sorted(false), [8, 9, 5, 7, null]);
+});
+
 test("cells have units and never say what is no number", () => {
   assert.equal(cellText(9.8 * 2 ** 30, "bytes"), "9.8 GiB");
   assert.equal(cellText(0.0831, "seconds"), "83.1 ms");

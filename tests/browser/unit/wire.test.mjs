@@ -82,6 +82,19 @@ test("what is right is read as it is", () => {
   assert.equal(readReport({ ...REPORT, nodes: [{ ...REPORT.nodes[0], display: "1:3" }] }).nodes[0].display, "1:3");
 });
 
+test("a node's time is the server's, which leaves out what ran while it was suspended", () => {
+  const [node] = readReport({ ...REPORT, nodes: [{ ...REPORT.nodes[0], wall_s: 0.25 }] }).nodes;
+  assert.equal(node.wall_s, 0.25);
+});
+
+test("a figure that is a size, reasons with bytes", () => {
+  const timers = [{ name: "VRAM peak", seconds: null, bytes: 12, means: "m", turn: "t" }, { name: "wall", seconds: 2, bytes: -1 }];
+  const by_component = [{ component: "a", dropped_for: { low: 5, need: "x", always: -1, none: 0 } }, { component: "b", dropped_for: [1] }];
+  const report = readReport({ ...REPORT, timers, by_component });
+  assert.deepEqual(report.timers.map(({ seconds, bytes }) => [seconds, bytes]), [[null, 12], [2, null]]);
+  assert.deepEqual(report.by_component.map((row) => row.dropped_for), [[["low", 5]], null]);
+});
+
 test("a newer schema is read; another document is not", () => {
   assert.equal(readReport({ ...REPORT, schema: "offload-report/2", brand_new: { a: NaN } }).schema, "offload-report/2");
   assert.equal(readReport({ ...REPORT, schema: "offload-plan/1" }), null);
