@@ -15,6 +15,11 @@ import { barOf, known } from "./scale.js";
 /** @typedef {import("./scale.js").Bar} Bar */
 
 const KEYS = /** @type {const} */ (["weights", "activations", "unknown", "others", "free"]);
+/** What the bar is while a run is on; and after it, as nothing is asked of the device while none is on. */
+export const LABEL = "VRAM now";
+const AT_END = "VRAM at the end of the last run";
+/** @param {{running: unknown}} store @param {boolean} [known] whether there is anything of a run */
+export const titleOf = ({ running }, known = true) => (running || !known ? LABEL : AT_END);
 const UNACCOUNTED = "not accounted for";
 const LANE = 14;
 /** Room for a mark's triangle, between its label and the bar. */
@@ -25,7 +30,7 @@ const LEAST_TEXT = 30;
 /**
  * The bar of what the card holds now: weights | activations and cache | other programs | free.
  * @param {{label: string, height?: number, legend?: boolean}} options height: of the bar itself, in pixels
- * @returns {{element: HTMLElement, update: (vram: Partial<Vram> | null) => void, destroy: () => void}}
+ * @returns {{element: HTMLElement, update: (vram: Partial<Vram> | null, said?: string) => void, destroy: () => void}}
  */
 export function makeMeter({ label, height = 18, legend = true }) {
   const element = el("div", "bo-meter");
@@ -36,7 +41,8 @@ export function makeMeter({ label, height = 18, legend = true }) {
   peak.dataset.figure = "peak";
   const figures = el("span", "bo-figures");
   figures.append(used, peak);
-  head.append(el("span", "bo-title", label), figures);
+  const title = el("span", "bo-title", label);
+  head.append(title, figures);
 
   const gauge = el("div", "bo-gauge");
   gauge.tabIndex = 0;
@@ -69,8 +75,9 @@ export function makeMeter({ label, height = 18, legend = true }) {
   });
   resized.observe(gauge);
 
-  /** @param {Partial<Vram> | null} vram */
-  const update = (vram) => {
+  /** @param {Partial<Vram> | null} vram @param {string} [said] what the bar is, where it is not its label */
+  const update = (vram, said = label) => {
+    setText(title, said);
     drawn = barOf(vram);
     for (const [part, segment] of segments) {
       const found = drawn.parts.find((one) => one.key === part);
@@ -88,7 +95,7 @@ export function makeMeter({ label, height = 18, legend = true }) {
     setText(peak, `peak ${bytes(top)}`);
     setValue(peak, top);
     key.update(legendOf(drawn));
-    speak(gauge, label, drawn);
+    speak(gauge, said, drawn);
     place();
   };
   update(null);

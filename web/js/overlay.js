@@ -164,23 +164,42 @@ function planned(state, graph, host, store) {
 export function planOf(root, graph, store) {
   if (!graph) return [];
   const starts = prefixes(root ?? graph, graph);
-  const { running, live } = store;
-  if (running) {
-    const id = localId(starts, running.node);
-    const node = id === null ? null : find(graph, id);
-    return node && live && live.prompt_id === running.prompt_id ? [liveItem(node, live, running.node)] : [];
-  }
-  const newest = store.runs[0];
-  if (!newest) return [];
+  const { running, live, sampled } = store;
+  const from = root ?? graph;
   /** @type {Item[]} */
   const items = [];
-  const rows = newest.nodes.filter((row) => fits(find(root ?? graph, row.display), row));
+  let busy = null;
+  if (running) {
+    busy = localId(starts, running.node);
+    const node = busy === null ? null : find(graph, busy);
+    const told = live && live.prompt_id === running.prompt_id;
+    if (node && told && isHere(from, store)) items.push(liveItem(node, live, running.node));
+  }
+  // Nodes of a run of which there is no report yet: as far as their ends were told.
+  const early = sampled !== null && (running ? running.prompt_id === sampled : !store.row(sampled) && store.ended.length > 0);
+  const told = early ? store.ended : running ? [] : (store.runs[0]?.nodes ?? []);
+  const rows = told.filter((row) => fits(find(from, row.display), row));
   for (const [id, row] of rowsByNode(starts, rows)) {
-    const text = nodeText(row);
+    const text = id === busy ? "" : nodeText(row);
     const node = text ? find(graph, id) : null;
     if (node) items.push({ node, texts: notes(text), bar: null, marks: "", box: unplaced() });
   }
   return items;
+}
+
+/**
+ * Whether the node that runs is the one that this page has under its id: by its type, and where that was not told, as
+ * this page queued the prompt.
+ * @param {any} root
+ * @param {Pick<StoreLike, "running" | "live" | "mine">} store
+ * @returns {boolean}
+ */
+export function isHere(root, { running, live, mine }) {
+  if (running === null) return false;
+  const type = live && live.prompt_id === running.prompt_id && live.node === running.node ? live.type : null;
+  if (type === null) return running.prompt_id === null || running.prompt_id === mine;
+  const node = find(root, running.node);
+  return node !== null && (node.comfyClass ?? node.type) === type;
 }
 
 /**

@@ -6,7 +6,7 @@
 import { makeSteps } from "./bars.js";
 import { el, setText } from "./dom.js";
 import { helpLink } from "./hintbox.js";
-import { makeMeter } from "./meter.js";
+import { LABEL, makeMeter, titleOf } from "./meter.js";
 import { componentRows, nodeRows, stepsOf, timelineOf, vramOf } from "./model.js";
 import { runLabel } from "./runs.js";
 import { makeSpark } from "./spark.js";
@@ -25,7 +25,7 @@ const WIDE = 1000;
 const ALL = ["vram", "steps", "components", "nodes", "timers"];
 const TABLES = ["components", "nodes", "timers"];
 const OUTSIDE = "(outside the stages)";
-const AT_END = "Known when the run has ended.";
+const LATER = "Known when the run has ended.";
 
 /** @type {Column[]} */
 const COMPONENTS = [
@@ -78,7 +78,7 @@ export function comparedWith(before) {
 
 export function makeBody() {
   const timeline = makeSized((height) => makeTimeline({ label: "VRAM over the run", height }), 132);
-  const meter = makeMeter({ label: "VRAM now" });
+  const meter = makeMeter({ label: LABEL });
   const spark = makeSized((height) => makeSpark({ label: "VRAM of this run so far", height }), 64);
   const steps = makeSized((height) => makeSteps({ label: "Steps", height }), 104);
   const nowSteps = makeSized((height) => makeSteps({ label: "Steps so far", height }), 104);
@@ -91,7 +91,7 @@ export function makeBody() {
   const parts = [timeline, meter, spark, steps, nowSteps, components, nowComponents, nodes, timers];
 
   const compared = [el("p", "bo-compared"), el("p", "bo-compared")];
-  const waits = [el("p", "bo-muted", AT_END), el("p", "bo-muted", AT_END)];
+  const waits = [el("p", "bo-muted", LATER), el("p", "bo-muted", LATER)];
   const ofRun = [timeline, steps, components, nodes, timers].map((part) => part.element).concat(compared);
   const ofNow = [meter.element, spark.element, nowSteps.element, nowComponents.element, ...waits];
   const sections = [
@@ -161,9 +161,9 @@ export function makeBody() {
     /** @param {StoreLike} store */
     showNow(store) {
       face(true);
-      const { live, samples, points } = store;
+      const { live, running, samples, points } = store;
       const vram = live ? vramOf(live) : null;
-      meter.update(vram);
+      meter.update(vram, titleOf({ running }));
       spark.update([...samples], { high: vram?.high, low: vram?.low, total: vram?.total });
       nowSteps.update(pointSteps(points));
       nowComponents.update((live?.components ?? []).map(nowRow));

@@ -6,8 +6,8 @@
  */
 import { el, setText, setValue } from "./dom.js";
 import { bytes } from "./format.js";
-import { makeMeter } from "./meter.js";
-import { vramOf } from "./model.js";
+import { LABEL, makeMeter, titleOf } from "./meter.js";
+import { usedOf, vramOf } from "./model.js";
 import { attachWidget, chain } from "./nodewidget.js";
 import { readMarks } from "./wire.js";
 
@@ -126,6 +126,7 @@ export function attachPolicy(node, host, store) {
           draw();
           asker.check();
         }),
+        store.on("run", draw), // "now" is said while one is on
         // What a run learned may change what fits.
         store.on("runs", asker.later),
         // Undo, a script, or another pack may set a widget without a word to it.
@@ -144,7 +145,7 @@ export function attachPolicy(node, host, store) {
 
 /** @param {HTMLElement} top */
 function makeView(top) {
-  const meter = makeMeter({ label: "VRAM now", height: 16, legend: false });
+  const meter = makeMeter({ label: LABEL, height: 16, legend: false });
   const rows = makeMarks();
   const sentence = el("p", "bo-note");
   sentence.style.margin = "0";
@@ -161,12 +162,11 @@ function makeView(top) {
    */
   const update = ({ marks, problem: failed }, linked, store) => {
     const now = vramOf(store.live);
-    meter.update({
-      ...now,
-      total: marks?.total ?? now.total,
-      high: marks?.error ? null : (marks?.high ?? null),
-      low: marks?.error ? null : (marks?.low ?? null),
-    });
+    const set = marks?.error ? null : marks;
+    meter.update(
+      { ...now, total: marks?.total ?? now.total, high: set?.high ?? null, low: set?.low ?? null },
+      titleOf(store, usedOf(now) !== null),
+    );
     rows.update(marks, linked);
     const links = linked.length ? `Set by a link, so known in a run only: ${linked.join(", ")}.` : "";
     setText(sentence, [marks?.error ? "" : (marks?.sentence ?? ""), links].filter(Boolean).join(" "));

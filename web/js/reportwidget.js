@@ -11,9 +11,10 @@ import { bytes, seconds } from "./format.js";
 import { HIDDEN, hintOf, HINTS } from "./hintbox.js";
 import { executionIds, find } from "./ids.js";
 import { fetchReport } from "./listen.js";
-import { makeMeter } from "./meter.js";
+import { LABEL, makeMeter, titleOf } from "./meter.js";
 import { movesOf, stepsOf, vramOf } from "./model.js";
 import { attachWidget, chain } from "./nodewidget.js";
+import { isHere } from "./overlay.js";
 import { makeSpark } from "./spark.js";
 import { pointSteps } from "./steps.js";
 import { readReport } from "./wire.js";
@@ -136,14 +137,58 @@ function onFrame(work) {
 function shownOf(own, node, host, store) {
   const root = host.rootGraph();
   const { running } = store;
-  if (running && (running.node === null || find(root, running.node))) return { live: true, row: null, report: null };
-  const row = (own.prompt === null ? null : store.row(own.prompt)) ?? (own.record ? null : newestOf(node, root, store.runs));
+  if (running && isOn(node, root, store)) return { live: true, row: null, report: null };
+  const row = rowOf(own, newestOf(node, root, store.runs), store);
   if (!row) return { live: false, row: null, report: own.record };
   const kept = row.prompt_id === null ? null : store.report(row.prompt_id);
   const found = kept ?? (own.record?.prompt_id === row.prompt_id ? own.record : null);
   if (found?.ended) own.record = found; // the store lets go of the oldest
   return { live: false, row, report: found };
 }
+
+/**
+ * Whether the run that is on is this node's: the page queued it in this workflow, or the node itself ran in it.
+ * @param {any} node
+ * @param {any} root
+ * @param {Pick<StoreLike, "running" | "live" | "mine" | "sampled" | "ended">} store
+ * @returns {boolean}
+ */
+export function isOn(node, root, store) {
+  const { running, mine, sampled, ended } = store;
+  if (running === null) return false;
+  if (running.prompt_id === null || running.prompt_id === mine) {
+    return running.node === null || (find(root, running.node) !== null && isHere(root, store));
+  }
+  const ids = executionIds(root, node.graph, node);
+  const now = store.live?.type === REPORT && ids.includes(running.node ?? "") && isHere(root, store);
+  const rows = sampled === running.prompt_id ? ended : [];
+  return now || rows.some((row) => row.type === REPORT && ids.includes(row.display));
+}
+
+/**
+ * The newer of the run in which the node ran last and the newest that was to be its own, had it not failed. Null: what
+ * the node was handed itself is newer than both.
+ * @param {Pick<Own, "prompt" | "record">} own
+ * @param {RunRow | null} newest
+ * @param {Pick<StoreLike, "runs">} store
+ * @returns {RunRow | null}
+ */
+export function rowOf({ prompt, record }, newest, { runs }) {
+  const ran = prompt === null ? null : (runs.find((one) => one.prompt_id === prompt) ?? null);
+  if (ran) return runs.find((one) => one === ran || one === newest) ?? null;
+  if (!record || newest === null) return newest;
+  return newest.created !== null && record.created !== null && newest.created > record.created ? newest : null;
+}
+
+/**
+ * A run's text without its hint, which has a place of its own, where it can be hidden.
+ * @param {string} text
+ */
+export const withoutHint = (text) =>
+  text
+    .split("\n")
+    .filter((line) => !line.startsWith("Hint: "))
+    .join("\n");
 
 /**
  * The newest run that this node was part of; or that would have been, had it not ended by an error before.
@@ -172,7 +217,7 @@ export function newestOf(node, root, runs) {
 function makeView({ top, rest }, host) {
   const before = el("p", "bo-note", BEFORE);
   Object.assign(before.style, { margin: "0" });
-  const meter = makeMeter({ label: "VRAM now", height: 16 });
+  const meter = makeMeter({ label: LABEL, height: 16 });
   const spark = makeSpark({ label: "VRAM over the run", height: 36 });
   const steps = makeSteps({ label: "Steps", height: 84, compact: true });
   const figures = makeFigures();
@@ -201,7 +246,7 @@ function makeView({ top, rest }, host) {
     if (live) own.course = { prompt: store.running?.prompt_id ?? null, samples: store.samples };
     const course = live ? store.samples : courseOf(own, report, run);
     const vram = live ? vramOf(store.live) : vramAfter(store, row, report);
-    meter.update(vram);
+    meter.update(vram, titleOf(store, Boolean(run)));
     spark.update([...course], vram);
     const bars = live ? pointSteps(store.points) : report ? stepsOf(report) : [];
     steps.update(bars);
@@ -209,7 +254,10 @@ function makeView({ top, rest }, host) {
     steps.element.hidden = empty || !bars.length;
     figures.update(live ? figuresNow(store, bars) : figuresOf(run));
     hint.update(live ? null : row);
-    const said = live ? "The run is on: this is what is measured so far. Its text comes at the end." : row?.text || own.text;
+    const kept = !row || row.prompt_id === own.prompt ? own.text : ""; // another run's text would be wrong
+    const said = live
+      ? "The run is on: this is what is measured so far. Its text comes at the end."
+      : withoutHint(row?.text || kept);
     if (text.value !== said) text.value = said;
   };
   return {

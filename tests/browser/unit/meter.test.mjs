@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
-import { spokenOf } from "../../../web/js/meter.js";
+import { spokenOf, titleOf } from "../../../web/js/meter.js";
 import { barOf } from "../../../web/js/scale.js";
 import { cleanSamples, columnsOf } from "../../../web/js/spark.js";
 
@@ -56,4 +56,10 @@ test("no module turns text into markup", () => {
   for (const name of readdirSync(WEB).filter((file) => file.endsWith(".js"))) {
     assert.doesNotMatch(readFileSync(new URL(name, WEB), "utf8"), /\.(inner|outer)HTML|insertAdjacentHTML|document\.write|\beval\(|new Function/, name);
   }
+});
+
+test("the bar is of now while a run is on, and of the last run's end after it", () => {
+  assert.equal(titleOf({ running: { prompt_id: "p", node: null } }), "VRAM now");
+  assert.equal(titleOf({ running: null }), "VRAM at the end of the last run");
+  assert.equal(titleOf({ running: null }, false), "VRAM now", "there was none");
 });

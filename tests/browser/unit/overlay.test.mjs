@@ -91,6 +91,32 @@ test("the node that runs has a strip with VRAM, peak and the last step's moves; 
   assert.deepEqual(drawn(host, store), []);
 });
 
+test("a node that ended has its text before the report, and until there is one", () => {
+  const graph = graphOf([nodeOf(5, "KSampler"), nodeOf(6, "VAEDecode"), nodeOf(7, "LoadImage")]);
+  const [host, store] = [hostOf(graph), new Store()];
+  store.setRuns([run([row("6", "VAEDecode", 9, 9)], { prompt_id: "p0" })]);
+  store.setRunning("p1", "6");
+  const ended = [row("5", "KSampler", 12.4, 1.5), row("7", "KSampler", 9, 9), row("6", "VAEDecode", 1, 1)];
+  store.setTelemetry(telemetry({ node: "6", step: null, ended }));
+  assert.deepEqual(drawn(host, store).sort(), ["12.4 s, moves 1.5 s, peak 9.8 GiB", "VRAM 9.8 GiB, peak 11.2"]);
+  store.endRun("p1");
+  assert.deepEqual(drawn(host, store).sort(), ["1.0 s, moves 1.0 s, peak 9.8 GiB", "12.4 s, moves 1.5 s, peak 9.8 GiB"]);
+  store.addRow(run([row("5", "KSampler", 13, 2)]));
+  assert.deepEqual(drawn(host, store), ["13.0 s, moves 2.0 s, peak 9.8 GiB"]);
+});
+
+test("another page's run is drawn where the types agree, this page's own also where no type was told", () => {
+  const graph = graphOf([nodeOf(5, "KSampler")]);
+  const [host, other, ours] = [hostOf(graph), new Store(), new Store()];
+  const seenWith = (store, type) => {
+    store.setTelemetry(telemetry({ type }));
+    return drawn(host, store).length;
+  };
+  assert.deepEqual(["KSampler", "LoadImage", null].map((type) => seenWith(other, type)), [1, 0, 0]);
+  ours.setRunning("p1", "5");
+  assert.deepEqual(["KSampler", "LoadImage", null].map((type) => seenWith(ours, type)), [1, 0, 1]);
+});
+
 test("the marks are written where there is room for them", () => {
   const graph = graphOf([nodeOf(5, "KSampler", { size: [700, 100] })]);
   const [host, store] = [hostOf(graph), new Store()];

@@ -3,9 +3,10 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { FIELDS, makeAsker, questionOf, WAIT } from "../../../web/js/policywidget.js";
-import { newestOf } from "../../../web/js/reportwidget.js";
+import { isOn, newestOf, rowOf, withoutHint } from "../../../web/js/reportwidget.js";
 import { chain } from "../../../web/js/nodewidget.js";
-import { readRow } from "../../../web/js/wire.js";
+import { Store } from "../../../web/js/store.js";
+import { readReport, readRow, readTelemetry } from "../../../web/js/wire.js";
 
 const snapshot = JSON.parse(readFileSync(new URL("../../host/object_info.json", import.meta.url), "utf8"));
 
@@ -102,6 +103,46 @@ test("the newest run of which the node was part; or which would have come to it,
   assert.equal(found(failed, ours), "failed");
   assert.equal(found(foreign, early, other), undefined);
   assert.equal(newestOf({ id: 12, graph: null }, null, [ours]), null);
+});
+
+test("of two runs the newer is shown, also where it failed before it came to the node", () => {
+  const row = (prompt_id, created = null) => readRow({ prompt_id, created });
+  const [a, b] = [row("a", "2026-01-01T00:00:01+00:00"), row("b", "2026-01-01T00:00:02+00:00")];
+  const store = { runs: [b, a] };
+  const record = (created) => readReport({ schema: "offload-report/1", prompt_id: "c", created });
+  assert.equal(rowOf({ prompt: "a", record: null }, b, store), b, "b failed later");
+  assert.equal(rowOf({ prompt: "b", record: null }, a, store), b);
+  assert.equal(rowOf({ prompt: "a", record: null }, null, store), a);
+  assert.equal(rowOf({ prompt: null, record: null }, a, store), a);
+  assert.equal(rowOf({ prompt: "c", record: record("2026-01-01T00:00:03+00:00") }, b, store), null, "its row is on its way");
+  assert.equal(rowOf({ prompt: "c", record: record("2026-01-01T00:00:01+00:00") }, b, store), b, "the list has lost it");
+});
+
+test("the run is on for a node of this page's prompt, or that ran in another's; for no other", () => {
+  const nodes = [{ id: 7, type: "KSampler" }, { id: 12, type: "VRAMReport" }];
+  const root = { _nodes: nodes, getNodeById: (id) => nodes.find((node) => node.id === id) ?? null };
+  for (const node of nodes) node.graph = root;
+  const told = (store, node, type, more = {}) => {
+    store.setTelemetry(readTelemetry({ prompt_id: "p", node, type, t: 1, ...more }));
+    return isOn(nodes[1], root, store);
+  };
+  const ours = new Store();
+  assert.equal(isOn(nodes[1], root, ours), false);
+  ours.setRunning("p", null);
+  assert.equal(isOn(nodes[1], root, ours), true);
+  ours.setRunning("p", "404");
+  assert.equal(isOn(nodes[1], root, ours), false, "another workflow is open");
+  assert.deepEqual([told(ours, "7", "KSampler"), told(ours, "7", null), told(ours, "7", "LoadImage")], [true, true, false]);
+  const other = new Store();
+  assert.deepEqual([told(other, "7", "KSampler"), told(other, "12", null), told(other, "12", "KSampler")], [false, false, false]);
+  assert.equal(told(other, "12", "VRAMReport"), true);
+  const ended = [{ id: "12", display: "12", type: "VRAMReport" }];
+  assert.equal(told(other, "7", "KSampler", { ended }), true, "it went past the node");
+});
+
+test("a hint has a place of its own, and is not in the text as well", () => {
+  assert.equal(withoutHint("Partial. Mode balanced.\nHint: All fits. Turn it on.\nNote: x"), "Partial. Mode balanced.\nNote: x");
+  assert.equal(withoutHint("The Hint: stays"), "The Hint: stays");
 });
 
 test("a callback that is chained keeps its own answer, its own this and its arguments", () => {
