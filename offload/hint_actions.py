@@ -1,4 +1,5 @@
-"""What to change, as fields of a policy. Invariant: an action removes the cause that the ledger named, or is None.
+"""What to change, as fields of a policy. Invariant: an action removes the cause that the ledger named, and what would
+take its place; or it is None.
 
 `set` holds the fields as a policy takes them; `always` is text with commas, as its input is. `label` says the same in
 the words of the inputs.
@@ -44,20 +45,28 @@ def _words(field: str, value: Any) -> str:
 
 
 def keeping(run: Digest, component: str, reason: str) -> dict[str, Any] | None:
-    """The change after which `component` is not evicted for `reason` any more; None where the cause is not known."""
-    policy = run.policy
-    if reason == "low":
-        changes: dict[str, Any] = {}
-        if run.low_always or _is_zero(policy.get("low")):
-            changes["low"] = "auto"
-        if policy.get("fit_aware") is False:
-            changes["fit_aware"] = True
-        return changes or None
-    if reason == "policy":
-        return {"before_decode": "fit"} if policy.get("before_decode") == "free_all" else None
+    """The change after which `component` is not evicted for `reason` any more; None where the cause is not known.
+
+    At a stage change the list of always comes first, then a low mark of 0, free_all, SD.Next's rule: the first one
+    that applies is noted as the reason, so that without it one behind it evicts in its place, and has to go as well.
+    """
+    policy, changes = run.policy, dict[str, Any]()
+    always_low = run.low_always or _is_zero(policy.get("low"))
+    free_all, by_use = policy.get("before_decode") == "free_all", policy.get("fit_aware") is False
     if reason == "always":
-        return _without(run, component)
-    return None
+        kept = _without(run, component)
+        if kept is None or run.mode == "none":  # where nothing else of it applies
+            return kept
+        changes |= kept
+    elif not (always_low or by_use if reason == "low" else free_all and reason == "policy"):
+        return None
+    if always_low and reason != "policy":
+        changes["low"] = "auto"
+    if free_all and (always_low or reason != "low"):
+        changes["before_decode"] = "fit"
+    if by_use:
+        changes["fit_aware"] = True
+    return changes
 
 
 def _is_zero(low: object) -> bool:

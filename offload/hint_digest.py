@@ -13,6 +13,8 @@ from typing import Any
 
 _MOST = 1 << 62  # bytes or seconds beyond it are no figures
 _NAME_MOST = 48
+# How an event says that two were in force; others of its kind say what a policy did.
+_POLICIES = ("More than one policy in this run", "two policies on clones of one model")
 _WATCHERS = ("OffloadPolicy", "VRAMReport")  # nodes of ours that compute nothing, and run when only the policy changed
 
 
@@ -78,6 +80,7 @@ class Digest:
     moved: int | None = None  # copies and evictions
     dropped: int | None = None  # bytes evicted
     policy: Mapping[str, Any] = field(default_factory=dict)
+    mixed: bool = False  # several policies were in force, and `policy` is only the last one
     mode: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     high: int | None = None
@@ -131,6 +134,7 @@ def digest(report: object) -> Digest:
         moved=None if moves is None or drops is None else moves + drops,
         dropped=_bytes(totals.get("bytes_dropped")),
         policy={key: value for key, value in policy.items() if isinstance(key, str)},
+        mixed=_mixed(top),
         mode=_text(resolved.get("mode")),
         sources={key: value for key, value in _section(resolved.get("sources")).items() if isinstance(value, str)},
         high=_bytes(resolved.get("high")),
@@ -223,6 +227,19 @@ def _step_down(event: Mapping[str, Any]) -> StepDown | None:
     if event.get("kind") not in ("oom", "step_down") or t is None:
         return None
     return StepDown(t, _text(_section(event.get("data")).get("step")))
+
+
+def _mixed(top: Mapping[str, Any]) -> bool:
+    """An event says so, or components that ran have not the same mode; others may be left over from other graphs."""
+    told = [_text(event.get("text")) or "" for event in _list(top.get("events")) if event.get("kind") == "policy"]
+    if any(words in text for text in told for words in _POLICIES):
+        return True
+    stages = [stage for stage in map(_stage, _list(top.get("stages"))) if stage is not None]
+    ran = {name for stage in stages for name in stage.components}
+    all_of_them = not ran or any(stage.name == "several" for stage in stages)
+    rows = _list(top.get("components"))
+    modes = {_text(row.get("mode")) for row in rows if all_of_them or _text(row.get("name")) in ran}
+    return len(modes - {None}) > 1
 
 
 def _ran(nodes: list[Mapping[str, Any]]) -> frozenset[str] | None:

@@ -55,6 +55,22 @@ def decode_needed(run: Digest) -> Room | None:
     return max(needed, key=lambda room: room.least + room.others, default=None)
 
 
+def decode_alone(run: Digest) -> Room | None:
+    """The decode for which not all could stay; None where the weights alone would not have fitted either."""
+    if run.weights is not None and run.available is not None and run.weights > run.available:
+        return None
+    return decode_needed(run)
+
+
+def beside_decodes(run: Digest, component: str) -> int | None:
+    """Bytes of the component that may be there during every decode, at most; None where nothing says so."""
+    if run.available is None:
+        return None
+    stages = [stage for stage in _to_check(run) if component not in stage.components]
+    rooms = [room for stage in stages if (room := _room(run, stage)) is not None]
+    return max(0, run.available - max(room.least for room in rooms)) if rooms else None
+
+
 def decodes(run: Digest) -> list[Stage]:
     return [stage for stage in run.stages if stage.name == "decode"]
 

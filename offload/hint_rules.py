@@ -13,7 +13,7 @@ from typing import Any
 
 from .hint_actions import action, keeping, merged
 from .hint_digest import Digest, Row, short
-from .hint_fit import decode_needed, everything_fits
+from .hint_fit import beside_decodes, decode_alone, decode_needed, everything_fits
 from .profiles import profile_for
 from .sizes import read_size
 from .summary import seconds, size
@@ -22,6 +22,7 @@ LEAST_S = 0.3
 LEAST_SHARE = 0.05  # of the run's wall time
 
 _SPARED = ("low", "always", "policy")  # evictions that a fitting run could have done without
+_NEEDLESS = (*_SPARED, "external")  # those after which the ledger calls the way back avoidable
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Found:
-    """At most one hint; `note` says why there is none although something moved."""
+    """At most one hint; `note` says why nothing is said of what was moved, or could have stayed."""
 
     hint: Hint | None = None
     note: str | None = None
@@ -58,8 +59,8 @@ def worth(saving_s: float | None, run: Digest) -> bool:
 
 
 def same_run(a: Digest, b: Digest) -> bool:
-    """The same work on the same device by the same kind of evidence, both to the end."""
-    if not (a.complete and b.complete) or a.workload is None or a.rung is None:
+    """The same work on the same device by the same kind of evidence, both to the end, each under one policy."""
+    if not (a.complete and b.complete) or a.workload is None or a.rung is None or a.mixed or b.mixed:
         return False
     return (a.workload, a.gpu, a.rung) == (b.workload, b.gpu, b.rung)
 
@@ -83,27 +84,23 @@ def fits_but_moved(now: Digest, before: Sequence[Digest]) -> Found:
     if last is None:
         return NOTHING
     moved = [row for row in now.rows if row.bytes_h2d and _left(last, row.component, (*_SPARED, "need"))]
-    room = decode_needed(now) or decode_needed(last)
-    if room is not None:
+    needed = objection(now, last) or _too_much(now, last)
+    if needed is not None:
         waited = [row for row in moved if worth(row.onload_s, now)]
         if not waited:
             return NOTHING
         worst = max(waited, key=lambda row: row.onload_s or 0.0)
-        available = now.available if decode_needed(now) is not None else last.available
-        return Found(
-            note=f"{_weighs(worst)} was moved out and in again ({seconds(worst.onload_s)}), and the decode of this run "
-            f"needed the room: it took {size(room.least)}, which with the other weights ({size(room.others)}) is more "
-            f"than the {size(available)} available."
-        )
+        return Found(note=f"{_weighs(worst)} was moved out and in again ({seconds(worst.onload_s)}), and {needed}.")
     if not (everything_fits(now) and everything_fits(last)):
         return NOTHING
     savings: dict[str, float] = {}
     changes: list[dict[str, Any]] = []
     for row in now.rows:
-        saved, change = _avoidable_s(now, last, row), _remedy(now, last, row)
-        if saved is not None and saved > 0 and change is not None:
+        cures = _cures(now, last, row)
+        saved = _avoidable_s(now, last, row, tuple(cures))
+        if saved is not None and saved > 0:
             savings[row.component] = saved
-            changes.append(change)
+            changes += cures.values()
     total = sum(savings.values())
     if not savings or not worth(total, now):
         return NOTHING
@@ -117,6 +114,27 @@ def fits_but_moved(now: Digest, before: Sequence[Digest]) -> Found:
         f"was moved out and in again{others} in {times} of {len(runs)} runs: {seconds(total)} a run."
     )
     return Found(Hint("FITS_BUT_MOVED", sentence, total, action(merged(changes))))
+
+
+def objection(now: Digest, last: Digest) -> str | None:
+    """Why nothing more may be kept in VRAM: in one of the two it was the decode for which something had to go."""
+    for run, which in ((now, "this run"), (last, "the run before")):
+        room = decode_alone(run)
+        if room is not None:
+            return (
+                f"the decode of {which} needed the room: it took {size(room.least)}, which with the other weights "
+                f"({size(room.others)}) is more than the {size(run.available)} available"
+            )
+    return None
+
+
+def _too_much(now: Digest, last: Digest) -> str | None:
+    """The same where it was no decode alone for which something had to go."""
+    run = next((run for run in (now, last) if decode_needed(run) is not None), None)
+    if run is None:
+        return None
+    had = size(run.available)
+    return f"there was no room for all: the weights ({size(run.weights)}) are more than the {had} available"
 
 
 def _just_before(now: Digest, before: Sequence[Digest]) -> Digest | None:
@@ -145,21 +163,24 @@ def _left(run: Digest, component: str, reasons: Sequence[str]) -> bool:
     return row is not None and any(row.dropped.get(reason) for reason in reasons)
 
 
-def _avoidable_s(now: Digest, last: Digest, row: Row) -> float | None:
-    """Seconds that the run waited for copies of the component which it could have spared, and for evicting it."""
+def _avoidable_s(now: Digest, last: Digest, row: Row, cured: Sequence[str]) -> float | None:
+    """Seconds that the run waited for copies of the component, and for evicting it, for the reasons that are cured."""
     outside, waited = row.outside_steps, _waited(now, row)
-    if not row.avoidable or not outside or waited is None:
+    if not cured or not row.avoidable or not outside or waited is None:
         return None
-    evicted = _spared_bytes(row)
-    back = min(row.avoidable, evicted + _spared_bytes(last.row(row.component)))  # more than left cannot have come back
+    twin, evicted = last.row(row.component), _bytes_for(row, cured)
+    left = evicted + _bytes_for(twin, cured)
+    rest = [reason for reason in _NEEDLESS if reason not in cured]
+    others = _bytes_for(row, rest) + _bytes_for(twin, rest)  # which came back as well, and will again
+    back = min(left, row.avoidable * left / max(1, left + others))  # more than left cannot have come back
     saved = waited * min(1.0, back / outside)
     if now.evict_s and now.dropped:
         saved += now.evict_s * min(1.0, evicted / now.dropped)
     return saved
 
 
-def _spared_bytes(row: Row | None) -> int:
-    return 0 if row is None else sum(row.dropped.get(reason, 0) for reason in _SPARED)
+def _bytes_for(row: Row | None, reasons: Sequence[str]) -> int:
+    return 0 if row is None else sum(row.dropped.get(reason, 0) for reason in reasons)
 
 
 def _waited(now: Digest, row: Row) -> float | None:
@@ -176,16 +197,18 @@ def _waited(now: Digest, row: Row) -> float | None:
     return waited
 
 
-def _remedy(now: Digest, last: Digest, row: Row) -> dict[str, Any] | None:
-    """The change for what evicted it in the run before, or within this run as within that one."""
+def _cures(now: Digest, last: Digest, row: Row) -> dict[str, dict[str, Any]]:
+    """A change for each reason that evicted it in one of the two runs, by reason, most bytes first. Nothing where the
+    run before neither evicted it needlessly nor brought it back so."""
     twin = last.row(row.component)
-    if twin is None:
-        return None
-    cause = twin.dropped if _spared_bytes(twin) else row.dropped if twin.avoidable else {}
-    for reason in sorted(_SPARED, key=lambda reason: -cause.get(reason, 0)):
-        if cause.get(reason) and (change := keeping(now, row.component, reason)) is not None:
-            return change
-    return None
+    if twin is None or not (_bytes_for(twin, _SPARED) or twin.avoidable):
+        return {}
+    nbytes = {reason: _bytes_for(row, [reason]) + _bytes_for(twin, [reason]) for reason in _SPARED}
+    found = {}
+    for reason in sorted(_SPARED, key=lambda reason: -nbytes[reason]):
+        if nbytes[reason] and (change := keeping(now, row.component, reason)) is not None:
+            found[reason] = change
+    return found
 
 
 def _weight(run: Digest, component: str) -> int:
@@ -234,6 +257,8 @@ def _extra(run: Digest, row: Row) -> int:
     assert run.high is not None and run.available is not None and run.activations is not None and row.weight is not None
     staying = sum(other.weight or 0 for other in run.rows if other.component in run.never and other is not row)
     most = min(row.weight, run.available - run.activations - staying)
+    beside = beside_decodes(run, row.component)
+    most = most if beside is None else min(most, beside)
     if not (run.fits and run.policy.get("fit_aware") is not False):  # else auto sets no mark
         if not run.vram_total:
             return 0
@@ -283,7 +308,8 @@ def ram_pressure(now: Digest, before: Sequence[Digest]) -> Found:
         f"{size(now.pinned_ram)}: {seconds(total)} a run."
     )
     if not more:
-        sentence += " More RAM or smaller weights would help, or a higher high mark."
+        higher = "" if objection(now, last) else ", or a higher high mark"
+        sentence += f" More RAM or smaller weights would help{higher}."
     return Found(Hint("RAM_PRESSURE", sentence, total, action({"pinned_ram": "auto"}) if more else None))
 
 

@@ -154,12 +154,12 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def hint_lines(report: Mapping[str, Any]) -> list[str]:
-    """The hint of the run, or why there is none although something moved; nothing where there is nothing to say."""
+    """The hint of the run, and why nothing is said of what else moved; nothing where there is nothing to say."""
     told = []
     for hint in list(report.get("hints") or ())[:1]:
         label = (hint.get("action") or {}).get("label")
         told.append(_short(f"Hint: {hint['sentence']}{f' {label}.' if label else ''}", 380))
-    if not told and report.get("hint_note"):
+    if report.get("hint_note"):
         told.append(_short(f"Note: {report['hint_note']}", 300))
     return told
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from balanced_offload.offload.arbiter import Other, at_stage_change
 from balanced_offload.offload.hints import Found, Hint, find
+from balanced_offload.offload.policy import ComponentInfo, Machine, OffloadPolicy, WorkingSet
 
 from .hint_cases import UNET, evicted, gib, report, row, runs, seed
 
@@ -104,7 +106,7 @@ def test_no_more_can_have_come_back_than_had_left() -> None:
 
 
 def test_several_reasons_give_several_changes() -> None:
-    """The largest share names the field; two components, two causes, one button."""
+    """Two components, two causes, one button; and one component that left for two."""
     run = seed({"always": ["t5", UNET], "before_decode": "free_all"}, "always")
     run["by_component"][0] = evicted("text_encoder", 1.5, "policy", 0.5)
     hint = hint_of(run, run)
@@ -112,8 +114,70 @@ def test_several_reasons_give_several_changes() -> None:
         "set": {"before_decode": "fit", "always": "t5"},
         "label": "Set Before decode to fit and set Always offload to t5",
     }
-    run["by_component"][1]["dropped_for"] = {"always": 1, "policy": gib(9.5)}
-    assert hint_of(run, run).action == {"set": {"before_decode": "fit"}, "label": "Set Before decode to fit"}
+    run["by_component"][0] = row("text_encoder", 1.5)
+    run["by_component"][1]["dropped_for"] = {"always": gib(4.75), "policy": gib(4.75)}
+    assert hint_of(run, run).saving_s == 3.0, "both are cured"
+    assert hint_of(run, run).action["set"] == {"before_decode": "fit", "always": "t5"}
+
+
+def test_sd_next_s_rule_and_free_all_are_both_named() -> None:
+    """Half of what left went for each of them: the seconds of both are promised, and both are changed."""
+    run = seed({"mode": "balanced", "fit_aware": False, "before_decode": "free_all"})
+    run["by_component"][1]["dropped_for"] = {"policy": gib(4.75), "low": gib(4.75)}
+    hint = hint_of(run, run)
+    assert hint.saving_s == 3.0
+    assert hint.action == {
+        "set": {"fit_aware": True, "before_decode": "fit"},
+        "label": "Turn Fit-aware on and set Before decode to fit",
+    }
+
+
+def test_a_reason_that_no_field_has_is_not_promised() -> None:
+    """Half went for free_all, half for a list of always that is none: only the first half is cured, and counted."""
+    run = seed({"before_decode": "free_all", "always": ["t5"]}, "policy")
+    run["by_component"][1]["dropped_for"] = {"policy": gib(4.75), "always": gib(4.75)}
+    hint = hint_of(run, run)
+    assert hint.saving_s == 1.5 and hint.action is not None and hint.action["set"] == {"before_decode": "fit"}
+    run["by_component"][1]["dropped_for"] = {"policy": gib(4.75), "external": gib(4.75)}  # the host will ask again
+    assert hint_of(run, run).saving_s == 1.5
+
+
+_WRITTEN = [
+    {"always": always, "low": low, "before_decode": decode, "fit_aware": aware, "mode": mode}
+    for always in ((), ("unet",), ("t5", UNET))
+    for low in ("auto", 0)
+    for decode in ("fit", "free_all")
+    for aware in (True, False)
+    for mode in ("balanced", "none")
+]
+
+
+@pytest.mark.parametrize("written", _WRITTEN, ids=str)
+def test_what_the_button_sets_leaves_no_cause_that_takes_the_place_of_another(written: dict[str, Any]) -> None:
+    """The reasons are the arbiter's own, for a UNet that is not needed while text is encoded and while is decoded."""
+    infos = (ComponentInfo(UNET, UNET, "denoiser", gib(4.75)), ComponentInfo("vae", "VAE", "vae", gib(0.25)))
+    machine = Machine("card", "cuda", gib(32), others=0, ram_total=gib(64))
+
+    def evictions(fields: dict[str, Any]) -> list[str]:
+        policy = OffloadPolicy.from_json(fields).resolve(machine, WorkingSet(infos))
+        unet, used = [Other(UNET, gib(4.75), 1)], gib(32)
+        gone = [
+            one for decoding in (False, True) for one in at_stage_change(policy, unet, decoding=decoding, used=used)
+        ]
+        return [one.reason for one in gone]
+
+    reasons = evictions(OffloadPolicy(**written).to_json())
+    run = seed(written, resolved__mode=written["mode"], resolved__low_always=written["low"] == 0)
+    if written["mode"] == "none":
+        run["resolved"]["low_always"] = False
+    run["components"] = [{"name": UNET, "class": UNET, "role": "denoiser"}]
+    run["by_component"][1]["dropped_for"] = {reason: reasons.count(reason) * gib(4.75) for reason in reasons}
+    if not reasons:
+        none_of(run, run)
+        return
+    hint = hint_of(run, run)
+    assert hint.saving_s == pytest.approx(3.0 if len(reasons) == 2 else 1.6875 + 1.3125 / 2)
+    assert hint.action is not None and evictions({**run["policy"], **hint.action["set"]}) == []
 
 
 def test_a_list_loses_every_entry_that_was_to_blame() -> None:

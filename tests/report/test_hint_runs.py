@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from balanced_offload import offload
+from balanced_offload.offload.hint_digest import _POLICIES
 from balanced_offload.offload.hints import Found, Hint, find
 
 from .hint_cases import DEFAULT, GIB, MINE, UNET, by_mode, failed, gib, report, row, runs, timed
@@ -89,6 +92,44 @@ def test_the_decode_counts_in_what_is_to_spare() -> None:
     run = by_mode("model")
     run["stages"][2]["peak"] = gib(19.85)  # and 4.75 GiB that were not there
     assert "Everything fits with 1.0 GiB to spare" in hint_of("NO_OFFLOAD_FASTER", run, run).sentence
+
+
+# --- several policies in a run
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "More than one policy in this run: mode sequential, then model. Each model goes by its own; ...",
+        "unet: two policies on clones of one model; the one loaded last counts",
+    ],
+)
+def test_the_last_of_several_policies_is_not_blamed_for_all(told: str) -> None:
+    events = [{"kind": "policy", "text": told, "data": {}, "t": 0.0}]
+    hint_of("NO_OFFLOAD_FASTER", by_mode(), by_mode())
+    none_of(by_mode() | {"events": events}, by_mode())
+    none_of(by_mode(), by_mode() | {"events": events})
+    told_of_one = [{"kind": "policy", "text": "unet: placed by this pack, mode sequential", "data": {}, "t": 0.0}]
+    hint_of("NO_OFFLOAD_FASTER", by_mode() | {"events": told_of_one}, by_mode() | {"events": told_of_one})
+
+
+def test_the_adapters_say_it_in_these_words() -> None:
+    adapters = Path(offload.__path__[0]) / "adapters"
+    told = [(adapters / name).read_text(encoding="utf-8") for name in ("comfyui_run.py", "comfyui_static.py")]
+    assert [words in text for words, text in zip(_POLICIES, told, strict=True)] == [True, True]
+
+
+def test_components_that_ran_in_several_modes_are_of_several_policies() -> None:
+    def modes(unet: str, encoder: str, **given: Any) -> dict[str, Any]:
+        found = [{"name": UNET, "mode": unet}, {"name": "text_encoder", "mode": encoder}, {"name": "vae", "mode": None}]
+        return by_mode() | {"components": found} | given
+
+    hint_of("NO_OFFLOAD_FASTER", modes("sequential", "sequential"), modes("sequential", "sequential"))
+    none_of(modes("sequential", "model"), modes("sequential", "model"))
+    left_over = modes("sequential", "model", stages=report()["stages"][1:])  # of another graph: it did not run
+    hint_of("NO_OFFLOAD_FASTER", left_over, left_over)
+    several = {**report()["stages"][2], "name": "several", "component": "several"}
+    none_of(*[left_over | {"stages": [*left_over["stages"], several]}] * 2)  # it may have
 
 
 # --- DECODE_PEAK

@@ -124,11 +124,17 @@ def test_the_hint_is_told_behind_the_line(record: RunRecord, given: dict[str, An
         "action": label,
     }
     report = build_report(record, **given)
-    lines = report_text({**report, "hints": [hint, hint], "hint_note": "not told beside a hint"}).splitlines()
+    lines = report_text({**report, "hints": [hint, hint]}).splitlines()
     assert lines[1].startswith("Time ")
     assert lines[2] == "Hint: It fits, but was moved: 3.00 s a run. Turn Fit-aware on."
     assert sum("Hint:" in text or "Note:" in text for text in lines) == 1
     assert hint_lines({"hints": [{**hint, "action": None}]}) == ["Hint: It fits, but was moved: 3.00 s a run."]
+
+
+def test_a_note_is_told_beside_a_hint(record: RunRecord, given: dict[str, Any]) -> None:
+    hint = {"code": "RAM_PRESSURE", "sentence": "It streamed.", "saving_s": 3.0, "action": None}
+    text = report_text({**build_report(record, **given), "hints": [hint], "hint_note": "The decode needed the room."})
+    assert text.splitlines()[2:4] == ["Hint: It streamed.", "Note: The decode needed the room."]
 
 
 def test_a_note_says_why_there_is_no_hint(record: RunRecord, given: dict[str, Any]) -> None:
