@@ -37,6 +37,7 @@ class ProgressText:
         self._due = float("-inf")
         self._prompt: str | None = None
         self._shown: dict[str, str] = {}  # node -> the last text that it was given in this prompt
+        self._ended: dict[str, Mapping[str, Any]] = {}  # node -> what those of it that ended came to, all in all
 
     # ------------------------------------------------------------------ who can show it
     def wanted(self) -> bool:
@@ -62,8 +63,9 @@ class ProgressText:
         if client is None or prompt_id is None:
             return
         self._meet(prompt_id)
-        for row in figures.get("ended") or ():
-            self._conclude(client, [row])
+        ended = {row["display"]: self._add(row) for row in figures.get("ended") or ()}
+        for row in ended.values():
+            self._conclude(client, row)
         node, now = figures.get("node"), self._clock()
         if node is None or not figures.get("steps") or now < self._due:
             return
@@ -76,24 +78,32 @@ class ProgressText:
         if client is None:
             return
         self._meet(report["prompt_id"])
-        by_node: dict[str, list[Mapping[str, Any]]] = {}
+        self._ended = {}  # the report has all of them
         for entry in report.get("nodes") or ():
-            row = in_short(entry)
-            if not row["cached"]:
-                by_node.setdefault(row["display"], []).append(row)
-        for rows in by_node.values():
-            self._conclude(client, rows)
+            if not entry["cached"]:
+                self._add(in_short(entry))
+        for row in self._ended.values():
+            self._conclude(client, row)
 
     def _meet(self, prompt_id: str) -> None:
         if prompt_id != self._prompt:
-            self._prompt, self._shown, self._due = prompt_id, {}, float("-inf")
+            self._prompt, self._shown, self._ended, self._due = prompt_id, {}, {}, float("-inf")
 
-    def _conclude(self, client: str, rows: list[Mapping[str, Any]]) -> None:
+    def _add(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A node is done; the sum of those that the user sees as one, which had the device one after another."""
+        node = row["display"]
+        rows = [self._ended[node], row] if node in self._ended else [row]
+        peak = max((one["peak"] for one in rows if one["peak"] is not None), default=None)
+        made = {"display": node, "wall_s": _sum(rows, "wall_s"), "moves_s": _sum(rows, "moves_s"), "peak": peak}
+        self._ended[node] = made
+        return made
+
+    def _conclude(self, client: str, row: Mapping[str, Any]) -> None:
         """A node is done: said where its moves count, and where a text of a moment ago would stay for ever."""
-        node = rows[0]["display"]
-        text = short_text(_sum(rows, "wall_s"), _sum(rows, "moves_s"), _most(rows, "peak"))
+        node = row["display"]
+        text = short_text(row["wall_s"], row["moves_s"], row["peak"])
         if not text and node in self._shown:
-            text = short_text(_sum(rows, "wall_s"), None, _most(rows, "peak"), always=True)
+            text = short_text(row["wall_s"], None, row["peak"], always=True)
         self._tell(client, node, text)
 
     def _tell(self, client: str, node: str, text: str) -> None:
@@ -145,10 +155,6 @@ def short_text(wall: float | None, moves: float | None, peak: int | None, always
 def _sum(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows]
     return None if None in values else sum(values)
-
-
-def _most(rows: Iterable[Mapping[str, Any]], key: str) -> int | None:
-    return max((row[key] for row in rows if row[key] is not None), default=None)
 
 
 def _sender(server: Any) -> Callable[[str, str, str, str | None], None] | None:

@@ -1,4 +1,5 @@
-"""Invariant: a route only reads, and only memory: no path comes from a request, no handler asks a device.
+"""Invariant: a route only reads, and only memory: no path comes from a request, no handler asks a device or waits for
+one.
 
 `/offload/status`, `/offload/runs?limit=`, `/offload/report/{prompt_id}`, `/offload/trace/{prompt_id}` and
 `/offload/marks?mode=..`, each below `/api` too, as the host does with all its routes. `prompt_id` is looked up in the
@@ -7,6 +8,7 @@ store of reports and goes nowhere else. Imports without a host.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable
@@ -29,6 +31,8 @@ STATUS, RUNS, REPORT = f"{PREFIX}/status", f"{PREFIX}/runs", f"{PREFIX}/report/{
 TRACE, MARKS = f"{PREFIX}/trace/{{prompt_id}}", f"{PREFIX}/marks"
 LIMIT = 20
 """Runs that are listed where no limit is given."""
+WAIT_S, LOOK_S = 1.0, 0.02
+"""For how long a report waits for its run, and how often it looks."""
 
 _log = logging.getLogger(__name__)
 _registered: list[Any] = []  # servers, so that a second call of the host's registers nothing twice
@@ -144,17 +148,24 @@ class Handlers:
 
     async def report(self, request: Any) -> Any:
         """The whole report of one prompt, its lists capped."""
-        return self._of_prompt(request, lambda report: report)
+        return await self._of_prompt(request, lambda report: report)
 
     async def trace(self, request: Any) -> Any:
         """The same as a Chrome trace, for ui.perfetto.dev."""
-        return self._of_prompt(request, build_trace)
+        return await self._of_prompt(request, build_trace)
 
-    def _of_prompt(self, request: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    async def _of_prompt(self, request: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        prompt_id = request.match_info["prompt_id"]
+        run = self._runs._of(prompt_id)
+        if run is not None and not await _taken(run.lock):
+            return self._error(503, "the prompt is ending just now, and waits for the device: ask again")
         try:
-            report = self._runs.report(request.match_info["prompt_id"])
+            report = self._runs.report(prompt_id)
         except RuntimeError:  # a table of the session's changed while it was read; the prompt still runs
             return self._error(503, "the prompt is changing models just now: ask again")
+        finally:
+            if run is not None:
+                run.lock.release()
         if report is None:
             return self._error(404, f"no report of this prompt: the last {KEEP} prompts are kept, see {RUNS}")
         return self._web.json_response(make(report))
@@ -167,6 +178,15 @@ class Handlers:
 
     def _error(self, code: int, text: str) -> Any:
         return self._web.json_response({"error": text}, status=code)
+
+
+async def _taken(lock: Any) -> bool:
+    """Take a lock that is held while the device is waited for, at a run's end, without holding up the server."""
+    for _ in range(round(WAIT_S / LOOK_S)):
+        if lock.acquire(blocking=False):
+            return True
+        await asyncio.sleep(LOOK_S)
+    return False
 
 
 def status(known: PromptRuns, telemetry: Telemetry) -> dict[str, Any]:

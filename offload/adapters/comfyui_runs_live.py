@@ -7,6 +7,7 @@ Nothing is put together while nobody asked. Points and nodes that ended are take
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,28 @@ from .comfyui_runs_nodes import NodeRow, Point, in_short
 if TYPE_CHECKING:
     from .comfyui_run import Run
 
-Totals = dict[str, tuple[Any, int]]  # name -> the component, and the bytes of all its weights on the device
 ONCE = ("points", "stages", "ended")  # rows that one message alone carries
 VRAM = ("weights", "activations", "others", "free", "high", "low", "peak", "total")
+
+
+class Totals:
+    """Bytes of all weights on the device by component, kept between calls: adding them up takes long. The table is
+    replaced and never changed, as the watcher and the server use it at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, int]] = {}  # name -> the component, and its bytes
+
+    def of(self, components: Mapping[str, Any]) -> dict[str, int]:
+        """The bytes of each of these."""
+        known = self._known
+        found: dict[str, tuple[Any, int]] = {}
+        for name, managed in components.items():
+            kept, component = known.get(name), managed.component
+            if kept is None or kept[0] is not component:
+                kept = component, component.device_bytes
+            found[name] = kept
+        self._known = found
+        return {name: nbytes for name, (_, nbytes) in found.items()}
 
 
 class Live:
@@ -25,7 +45,7 @@ class Live:
 
     def __init__(self) -> None:
         self.figures = snapshot(None)
-        self._totals: Totals = {}
+        self._totals = Totals()
         self._ended: list[NodeRow] = []  # their last mark has not been passed yet
         self._of: Run | None = None
 
@@ -71,6 +91,7 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Tota
         "v": 1,
         "prompt_id": None,
         "node": None,
+        "type": None,
         "t": None,
         "device": None,
         "step": None,
@@ -85,10 +106,11 @@ def snapshot(run: Run | None, before: dict[str, Any] | None = None, totals: Tota
     if run is None:
         return nothing | {key: before[key] for key in ("device", "vram", "components") if before is not None}
     track, ours = run.track, run._ours
-    components = _components(run, {} if totals is None else totals) if ours else None
+    components = _components(run, totals or Totals()) if ours else None
     return nothing | {
         "prompt_id": run.prompt_id,
         "node": track.display,
+        "type": track.type,
         "t": perf_counter() - run.opened,
         "device": run.backend.name,
         "step": track.step,
@@ -116,6 +138,7 @@ def _point(point: Point, opened: float, ours: bool) -> dict[str, Any]:
     return {
         "t": point.at - opened,
         "node": point.node,
+        "type": point.type,
         "step": point.step,
         "steps": point.steps,
         "step_ms": _milli(point.step_s),
@@ -143,19 +166,21 @@ def _components(run: Run, totals: Totals) -> list[dict[str, Any]] | None:
     """Bytes on the device by component, and of how many; None while the worker changes the table."""
     assert run.session is not None
     with contextlib.suppress(RuntimeError):
-        rows = []
-        for name, managed in list(run.session.components.items()):
-            if totals.get(name, (None,))[0] is not managed.component:
-                totals[name] = managed.component, managed.component.device_bytes
-            rows.append({"name": name, "bytes": managed.engine.device_bytes, "total": totals[name][1]})
-        for name in totals.keys() - run.session.components.keys():
-            del totals[name]
-        return rows
+        components = dict(run.session.components)
+        total = totals.of(components)
+        return [
+            {"name": name, "bytes": managed.engine.device_bytes, "total": total[name]}
+            for name, managed in components.items()
+        ]
     return None
 
 
 def _vram(run: Run, components: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """Weights, activations (with what torch's cache holds), others and free add up to the total."""
+    """Weights, activations (with what torch's cache holds), others and free add up to the total.
+
+    The weights are those of now, the rest is as the run's thread saw it last: what came to the device since then, and
+    is more than the allocator held, was taken from what was free.
+    """
     figures: dict[str, Any] = dict.fromkeys(VRAM)
     session, memory, record = run.session, run.memory, run.ledger._record
     peaks = [run.peak_device, record.peak_allocated]
@@ -169,5 +194,7 @@ def _vram(run: Run, components: list[dict[str, Any]] | None) -> dict[str, Any]:
     if memory is not None:
         figures |= {"others": memory.others, "free": memory.free, "total": memory.total}
         if figures["weights"] is not None:
-            figures["activations"] = max(0, memory.reserved - figures["weights"])
+            left = memory.reserved - figures["weights"]
+            figures["activations"] = max(0, left)
+            figures["free"] = max(0, memory.free + min(0, left))
     return figures

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from balanced_offload.nodes.telemetry import Telemetry
 from balanced_offload.offload.adapters import comfyui_runs, comfyui_runs_live
 from balanced_offload.offload.adapters.comfyui_run import Run
 from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
-from balanced_offload.offload.adapters.comfyui_runs_live import ONCE, Live, snapshot
+from balanced_offload.offload.adapters.comfyui_runs_live import ONCE, Live, Totals, snapshot
 from balanced_offload.offload.adapters.comfyui_runs_nodes import POINTS, NodeTrack
 from balanced_offload.offload.backend import CpuBackend
+from balanced_offload.offload.backend.base import DeviceMemory
 from balanced_offload.offload.ledger import CATEGORIES, Ledger
 
 from .report_prompts import Node, Prompts
@@ -54,11 +56,12 @@ def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: Prompt
     prompts.run(Node("5", "KSampler", sample), Node("6", "VAEDecode", lambda: time.sleep(0.3)), prompt_id="p")
     points = [point for message in told for point in message["points"]]
     assert set(points[0]) == {
-        *("t", "node", "step", "steps", "step_ms", "stall_ms"),
+        *("t", "node", "type", "step", "steps", "step_ms", "stall_ms"),
         *("moved", "weights", "allocated"),
     }
     assert [point["step"] for point in points] == list(range(1, 41)), "each once, whatever the rate of messages"
     assert {(point["node"], point["steps"]) for point in points} == {("5", 40)}
+    assert {point["type"] for point in points} == {"KSampler"}
     assert points[0]["step_ms"] is None and all(19 < point["step_ms"] < 500 for point in points[1:])
     times = [point["t"] for point in points]
     assert times == sorted(times) and times[0] >= 0
@@ -85,7 +88,7 @@ def test_an_expanded_node_is_told_as_the_one_that_the_user_sees(prompts: Prompts
         registry.tell("finish_handler", "3.0.0.1", "finished")
 
     prompts.run(Node("3", "Loop", sample), prompt_id="p")
-    assert seen[0]["node"] == "3" and seen[0]["step"] == 1
+    assert seen[0]["node"] == "3" and seen[0]["type"] == "Loop" and seen[0]["step"] == 1
     report = runs.report("p")
     assert report is not None
     assert [(row["id"], row["display"]) for row in report["nodes"]] == [("3", "3"), ("3.0.0.1", "3")]
@@ -177,15 +180,89 @@ def test_a_nodes_figures_are_the_sums_over_its_marks() -> None:
         marks, row_of = record.marks, {row.id: row for row in track.rows.values()}
         for entry in track.table(record, moves_known=True):
             row = row_of[entry["id"]]
+            assert row.last_mark > row.first_mark
             spans = [(i, marks.t[i + 1] - marks.t[i]) for i in range(row.first_mark, row.last_mark)]
             for name in ("onload", "stall", "evict"):
                 walked = sum(seconds for i, seconds in spans if CATEGORIES[marks.code[i]] == name)
                 assert entry[f"{name}_s"] == pytest.approx(walked, abs=1e-12)
             noted = zip(record.vram_at, record.vram_allocated, strict=True)
-            seen = [nbytes for at, nbytes in noted if row.first_mark <= at <= row.last_mark]
+            seen = [nbytes for at, nbytes in noted if row.first_mark <= at < row.last_mark]
             within = [stage for stage in record.stages if row.first_mark <= stage.first_mark <= row.last_mark]
             assert entry["peak"] == max([*seen, *(stage.peak for stage in within)], default=None)
         assert sum(e["onload_s"] for e in track.table(record, moves_known=True)) > 0
+
+
+def components(*names: str) -> dict[str, Any]:
+    return {name: SimpleNamespace(component=SimpleNamespace(device_bytes=len(name))) for name in names}
+
+
+def test_two_that_look_at_once_get_their_own_table() -> None:
+    """The watcher and the server: while one adds up, the other lets go of what is gone."""
+    totals, few = Totals(), components("a")
+
+    class Slow:
+        """A component whose bytes are added up while somebody else looks."""
+
+        @property
+        def device_bytes(self) -> int:
+            assert totals.of(few) == {"a": 1}
+            return 7
+
+    both = components("a", "bb") | {"slow": SimpleNamespace(component=Slow())}
+    assert totals.of(components("a", "bb")) == {"a": 1, "bb": 2}
+    assert totals.of(both) == {"a": 1, "bb": 2, "slow": 7}
+    assert totals.of(few) == {"a": 1}
+
+
+def test_watcher_and_server_look_at_a_table_that_changes() -> None:
+    """What one of them lets go of, the other one is just reading."""
+    import threading
+
+    live, failed = Live(), list[BaseException]()
+    table = {
+        name: SimpleNamespace(**vars(managed), engine=SimpleNamespace(device_bytes=1))
+        for name, managed in components(*(str(number) for number in range(40))).items()
+    }
+    session: Any = SimpleNamespace(components=dict(table))
+    run: Any = SimpleNamespace(session=session)
+    end = time.monotonic() + 1.0
+
+    def look() -> None:
+        try:
+            while time.monotonic() < end:
+                comfyui_runs_live._components(run, live._totals)
+        except BaseException as error:
+            failed.append(error)
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for one in lookers:
+            one.start()
+        while time.monotonic() < end:
+            for name in list(table):
+                session.components.pop(name)
+            session.components.update(table)
+    finally:
+        sys.setswitchinterval(interval)
+        for one in lookers:
+            one.join()
+    assert failed == []
+
+
+def test_what_came_since_the_last_look_was_free_before() -> None:
+    session = SimpleNamespace(
+        resolved=SimpleNamespace(high=80, low=10),
+        machine=SimpleNamespace(vram_total=100),
+        stages=SimpleNamespace(peak_allocated=50),
+    )
+    for weights, activations, free in ((20, 20, 45), (40, 0, 45), (60, 0, 25), (99, 0, 0)):
+        run: Any = SimpleNamespace(session=session, _ours=True, peak_device=None)
+        run.ledger = SimpleNamespace(_record=SimpleNamespace(peak_allocated=None))
+        run.memory = DeviceMemory(free=45, total=100, allocated=30, reserved=40)
+        vram = comfyui_runs_live._vram(run, [{"name": "a", "bytes": weights, "total": 100}])
+        assert (vram["weights"], vram["activations"], vram["others"], vram["free"]) == (weights, activations, 15, free)
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -58,7 +58,8 @@ def row(node: str = "5", wall: float = 12.4, moves: float | None = 1.5, peak: in
 
 def entry(node: str = "5", wall: float = 12.4, moves: float | None = 1.5, **over: Any) -> dict[str, Any]:
     """A row of the report's `nodes`."""
-    made = {"id": node, "display": node, "type": "KSampler", "t0": 1.0, "t1": 1.0 + wall, "peak": None, "cached": False}
+    made = {"id": node, "display": node, "type": "KSampler", "t0": 1.0, "t1": 9.0 + wall, "wall_s": wall}
+    made |= {"peak": None, "cached": False}
     return {**made, "onload_s": moves, "stall_s": moves and 0.0, "evict_s": moves and 0.0, **over}
 
 
@@ -214,6 +215,22 @@ def test_at_the_prompts_end(desk: Desk) -> None:
     nodes += [entry("9.0", display="9", wall=1.0, moves=0.5), entry("9.1", display="9", wall=2.0, moves=0.25)]
     desk.text.closed({"prompt_id": "p", "client_id": "a", "nodes": nodes})
     assert desk.sent == [("3", "12.40 s, moves 1.50 s", "a"), ("9", "3.00 s, moves 750.0 ms", "a")]
+
+
+def test_an_expanded_node_is_said_as_the_sum_of_its_nodes(desk: Desk) -> None:
+    """Those it expanded into are done first; what it did itself is not all that it came to."""
+    inner, own = {**row("7.1", wall=2.0, moves=0.5), "display": "7"}, row("7", wall=0.25, moves=0.0, peak=None)
+    desk.text.sample(figures(node="7", ended=[inner]))
+    desk.now += PERIOD
+    desk.text.sample(figures(node="8", steps=None, ended=[{**inner, "id": "7.2", "wall_s": 1.0}, own]))
+    said = [text for node, text, _ in desk.sent if node == "7" and "step" not in text]
+    assert said == ["2.00 s, moves 500.0 ms, peak 9.8 GiB", "3.25 s, moves 1.00 s, peak 9.8 GiB"]
+    nodes = [entry("7", wall=0.25, moves=0.0), entry("7.1", display="7", wall=2.0, moves=0.5, peak=round(9.8 * GIB))]
+    nodes.append(entry("7.2", display="7", wall=1.0, moves=0.5))
+    desk.text.closed({"prompt_id": "p", "client_id": "a", "nodes": nodes})
+    assert desk.sent[-1][1] == said[-1], "and nothing is counted twice at the end"
+    desk.text.sample(figures(prompt_id="q", node="8", steps=None, ended=[inner]))
+    assert desk.sent[-1][1] == said[0], "nor from one prompt to the next"
 
 
 def test_the_next_prompt_starts_anew(desk: Desk) -> None:

@@ -93,13 +93,14 @@ def test_telemetry_and_the_end_of_a_run_reach_the_client(
     samples = prompts.server.sent_of("offload.telemetry")
     assert 2 <= len(samples) <= 4 and {sid for _, sid in samples} == {"browser"}
     assert set(samples[-1][0]) == {
-        *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
+        *("v", "prompt_id", "node", "type", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
         *("components", "points", "stages", "ended"),
     }
     assert set(samples[-1][0]["vram"]) == {
         *("weights", "activations", "others", "free", "high", "low", "peak", "total")
     }
     assert samples[-1][0]["prompt_id"] == "p" and samples[-1][0]["node"] == "1"
+    assert samples[-1][0]["type"] == "KSampler"
     [(message, sid)] = prompts.server.sent_of("offload.report")
     assert sid == "browser" and message["prompt_id"] == "p" and message["verdict"] == "resident" and message["text"]
     assert get("/offload/runs")[1]["runs"] == [message], "the event's row is the list's row"
@@ -124,13 +125,16 @@ def test_a_row(prompts: Prompts, runs: PromptRuns, get: Callable[[str], tuple[in
     ]
     report = get("/offload/report/p")[1]
     sampler = report["nodes"][0]
-    assert row["nodes"][0]["wall_s"] == sampler["t1"] - sampler["t0"] and row["nodes"][0]["moves_s"] is None
+    assert (
+        row["nodes"][0]["wall_s"] == sampler["wall_s"] == sampler["t1"] - sampler["t0"]
+        and row["nodes"][0]["moves_s"] is None
+    )
 
 
 def test_a_row_of_a_report_that_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "text_of", lambda report: "what happened")
-    node = {"id": "3.0.1", "display": "3", "type": "A", "t0": 1.0, "t1": 3.5, "peak": 7, "cached": False}
-    node |= {"onload_s": 0.5, "stall_s": 0.25, "evict_s": 0.125}
+    node = {"id": "3.0.1", "display": "3", "type": "A", "t0": 1.0, "t1": 9.5, "peak": 7, "cached": False}
+    node |= {"wall_s": 2.5, "onload_s": 0.5, "stall_s": 0.25, "evict_s": 0.125}
     hint = {"code": "FITS_BUT_MOVED", "sentence": "s", "saving_s": 1.0, "action": None}
     report = {"resolved": {"mode": "none"}, "nodes": [node], "line": "l", "workload": "w", "hints": [hint]}
     row = rows.row_of({**report, "hint_note": "n"})
@@ -141,7 +145,7 @@ def test_a_row_of_a_report_that_says_more(monkeypatch: pytest.MonkeyPatch) -> No
             **{"peak": 7, "cached": False},
         }
     ]
-    many = [{**node, "id": str(i), "t1": 1.0 + i % 7} for i in range(1000)]
+    many = [{**node, "id": str(i), "wall_s": float(i % 7)} for i in range(1000)]
     short = rows.row_of({**report, "nodes": many})["nodes"]
     assert len(short) == rows.NODES and min(n["wall_s"] for n in short) >= 5, "those that took longest"
     assert [int(n["id"]) for n in short] == sorted(int(n["id"]) for n in short), "in their order"
@@ -309,3 +313,59 @@ def test_no_handler_asks_a_device(
     prompts.run(Node("1", "KSampler", work), prompt_id="p")
     assert [code for code, _ in answers] == [200] * 5 and answers[1][1]["ended"] is False
     assert asked == []
+
+
+def test_a_report_does_not_hold_up_the_server_while_a_run_waits_for_the_device(
+    prompts: Prompts, runs: PromptRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end a run waits for the device, with its lock: other requests are answered meanwhile."""
+    import threading
+    import time
+
+    from aiohttp.test_utils import TestClient, TestServer
+
+    monkeypatch.setattr(routes, "WAIT_S", 0.4)
+    routes.register_routes()
+    waits, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        runs.touch("observe")
+        run = runs._run
+        assert run is not None
+        real = run.backend.synchronize
+
+        def synchronize() -> None:
+            waits.set()
+            assert go_on.wait(10)
+            real()
+
+        monkeypatch.setattr(run.backend, "synchronize", synchronize)
+
+    async def ask() -> tuple[int, str, list[float], int]:
+        loop = asyncio.get_running_loop()
+        application = web.Application()
+        application.add_routes(prompts.server.routes)  # type: ignore[attr-defined]
+        async with TestClient(TestServer(application, host="127.0.0.1")) as client:
+            assert await loop.run_in_executor(None, waits.wait, 10)
+            asked = asyncio.ensure_future(client.get("/offload/report/p"))
+            took = []
+            while not asked.done():
+                begun = time.perf_counter()
+                assert (await client.get("/offload/status")).status == 200
+                took.append(time.perf_counter() - begun)
+            refused = await asked
+            text = (await refused.json())["error"]
+            asked = asyncio.ensure_future(client.get("/offload/report/p"))
+            await asyncio.sleep(0.05)
+            go_on.set()
+            return refused.status, text, took, (await asked).status
+
+    worker = threading.Thread(target=lambda: prompts.run(Node("1", "KSampler", work), prompt_id="p"))
+    worker.start()
+    try:
+        code, text, took, then = asyncio.run(asyncio.wait_for(ask(), 10))
+    finally:
+        go_on.set()
+        worker.join()
+    assert code == 503 and "ask again" in text and then == 200, "and one that waits a moment has it"
+    assert len(took) >= 5 and min(took) < 0.2
