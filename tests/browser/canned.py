@@ -144,6 +144,7 @@ def report(
             {"name": "denoise", "seconds": compute, "means": "the model computes", "turn": "nothing: this is the work"},
             {"name": "onload", "seconds": sum(onload.values()), "means": "blocked on a copy", "turn": "mode, high"},
             {"name": "stall", "seconds": stall, "means": "a step waits for a copy", "turn": "prefetch, high"},
+            {"name": "VRAM peak", "seconds": None, "bytes": peak, "means": "most in use", "turn": "high, mode"},
         ],
         **{"hints": [], "hint_note": None, "prediction": {"step_s": 0.22, "bound_s": 0.21}},
         **{"verdict": "partial", "fits": False, "overhead_ms": 1.75, "unknown": ["host.driver"], "sources": {}},
@@ -158,7 +159,7 @@ def _needs(peak: int) -> dict[str, Any]:
 def _node(key: str, kind: str, t0: float, t1: float, peak: int, onload: float, evict: float, stall: float) -> Any:
     return {
         **{"id": key, "display": key, "type": kind, "t0": t0, "t1": t1, "peak": peak, "onload_s": onload},
-        **{"evict_s": evict, "stall_s": stall, "cached": False},
+        **{"evict_s": evict, "stall_s": stall, "cached": False, "wall_s": t1 - t0},
     }
 
 
@@ -189,7 +190,7 @@ def row(whole: dict[str, Any]) -> dict[str, Any]:
         "nodes": [
             {
                 **{key: node.get(key) for key in ("id", "display", "type", "stall_s", "peak", "cached")},
-                "wall_s": node["t1"] - node["t0"],
+                "wall_s": node.get("wall_s", node["t1"] - node["t0"]),
                 "moves_s": node["onload_s"] + node["evict_s"] + node["stall_s"],
             }
             for node in whole["nodes"]
@@ -213,7 +214,7 @@ def telemetry(prompt_id: str, node: str, step: int, steps: int, t: float = 0.0, 
     peak = weights + activations + others
     exact = {"t": t, "node": node, "step": step, "steps": steps, "step_ms": 221.5, "stall_ms": 14.25}
     made = {
-        **{"v": 1, "prompt_id": prompt_id, "device": "vram:0", **exact, "moved": STREAMED * step},
+        **{"v": 1, "prompt_id": prompt_id, "device": "vram:0", "type": "KSampler", **exact, "moved": STREAMED * step},
         "vram": {
             **{"weights": weights, "activations": activations, "others": others, "high": HIGH, "low": LOW},
             **{"free": TOTAL - weights - activations - others, "peak": peak, "total": TOTAL},
@@ -223,6 +224,7 @@ def telemetry(prompt_id: str, node: str, step: int, steps: int, t: float = 0.0, 
             {"name": "text_encoder", "bytes": WEIGHTS["text_encoder"], "total": WEIGHTS["text_encoder"]},
         ],
         "points": [{**exact, "moved": STREAMED * step, "weights": weights, "allocated": weights + activations}],
+        **{"stages": [], "ended": []},
     }
     return {**made, **over}
 

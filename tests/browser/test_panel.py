@@ -42,7 +42,7 @@ def test_tables_hold_the_reports_rows(open_plain: Callable[..., Page], stub: Stu
     before = canned.report("run-1")
     for row in before["by_component"]:
         row["onload_s"] += 0.5
-    before["nodes"][1]["t1"] += 0.25
+    before["nodes"][1]["wall_s"] += 0.25
     stub.add_run(before)
     report = stub.add_run(canned.report("run-2", created="2026-01-31T12:00:10.000Z"))
     page = open_plain(size={"width": 1600, "height": 400})
@@ -58,13 +58,20 @@ def test_tables_hold_the_reports_rows(open_plain: Callable[..., Page], stub: Stu
         for key in ("moves", "bytes_h2d", "onload_s", "stall_s", "peak", "weight_bytes", "avoidable_bytes"):
             assert float(str(drawn[key])) == row[key], key
         assert float(str(drawn["change_s"])) == pytest.approx(-0.5)
+    assert [row["evicted"] for row in rows] == ["nothing", "need 8.0 GiB", "nothing"]
     tab(page, "Nodes")
     rows = cells(page, "nodes")
     assert [row["display"] for row in rows] == [node["display"] for node in report["nodes"]]
     assert [float(str(row["peak"])) for row in rows] == [node["peak"] for node in report["nodes"]]
     assert float(str(rows[1]["change_s"])) == pytest.approx(-0.25)
+    assert [float(str(row["onload_s"])) for row in rows] == [node["onload_s"] for node in report["nodes"]]
+    assert rows[1]["resident"] == "denoiser 71 %, 8.0 GiB"
     tab(page, "Timers")
-    assert [row["turn"] for row in cells(page, "timers")] == [timer["turn"] for timer in report["timers"]]
+    timers = cells(page, "timers")
+    assert [row["turn"] for row in timers] == [timer["turn"] for timer in report["timers"]]
+    assert float(str(timers[-1]["figure"])) == report["vram"]["peak"], "a size among the seconds"
+    assert float(str(timers[0]["figure"])) == report["timers"][0]["seconds"]
+    assert "14.1 GiB" in page.locator(".bo-section-timers").inner_text()
 
 
 def test_says_what_a_change_is_against(open_plain: Callable[..., Page], stub: Stub) -> None:
