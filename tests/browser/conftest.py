@@ -45,9 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(f"browser/{Path(item.path).stem}"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium in a process of tests."""
+    """One Chromium for a file: while it is there an event loop runs on this thread, which other tests must not find."""
     reason = places.why_not()
     if reason is not None:
         pytest.skip(reason)

@@ -33,7 +33,7 @@ def simulated(servers: Callable[..., HostServer], size: int, frontend: str) -> H
     return servers(*arguments, packs=(HERE / "packs" / "simulated_device",), environment=environment)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is there an event loop runs on this thread
 def chromium() -> Iterator[Any]:
     reason = places.why_not()
     if reason is not None:

@@ -1,7 +1,8 @@
-"""Invariant: workflows/*.json and *.jpg are made from workflows/api/*.json and layout.json, the same bytes each time.
+"""Invariant: workflows/*.json are made from workflows/api/*.json and layout.json, the same bytes each time.
 
 python -m pytest ... checks them; after a change of a graph, of layout.json or of a node's schema:
 python tests/workflows/build.py
+The pictures beside them are of a real front end: tests/browser/test_examples.py says how to take them anew.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ def main() -> None:
     _package("balanced_offload", ROOT)
     _package("workflow_tools", HERE)
     from workflow_tools.catalog import all_nodes  # type: ignore[import-not-found]
-    from workflow_tools.draw import draw  # type: ignore[import-not-found]
     from workflow_tools.layout import build  # type: ignore[import-not-found]
 
     kinds = all_nodes()
@@ -56,7 +56,6 @@ def main() -> None:
         api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
         graph = build(name, api, layout, kinds)
         (WORKFLOWS / f"{name}.json").write_text(dumps(graph) + "\n", encoding="utf-8")
-        draw(graph, api, layout, kinds, WORKFLOWS / f"{name}.jpg")
         print(name)
 
 
