@@ -60,8 +60,9 @@ TIMERS = (
         "onload_s",
         "exclusive",
         "Waiting for weights to come from RAM to VRAM, outside the steps.",
-        "In the first run of a model it is the price of loading it. In every run: something leaves and comes back; see "
-        "what, and why, in the table by component. Low mark, Always offload and Before decode evict what would fit.",
+        "In the first run of a model it is the price of loading it. In every run: something leaves and comes back; the "
+        "table by component says what, and what it was evicted for. Low mark, Always offload and Before decode evict "
+        "what would fit.",
     ),
     Timer(
         "stall",
@@ -96,8 +97,8 @@ TIMERS = (
         "VRAM peak",
         "peak",
         "figure",
-        "The most VRAM that was in use at once, of what the card has; high is the high mark, the most that one "
-        "component's weights may occupy.",
+        "The most of the card that was seen in use at once, other programs included; high is the high mark, the most "
+        "that one component's weights may occupy.",
         "Near the card's total: Headroom or Reserve larger, High mark lower. Far below while much moves: the reverse.",
     ),
     Timer(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 
+from balanced_offload.offload.adapters import comfyui_run
 from balanced_offload.offload.policy import OffloadPolicy
 from balanced_offload.offload.record import CATEGORIES, RunRecord
 from balanced_offload.offload.report import build_report
@@ -17,7 +19,9 @@ from balanced_offload.offload.summary import line
 from balanced_offload.offload.timers import EXCLUSIVE, TIMERS, peak_of, timers
 
 GIB = 1 << 30
-PAGE = Path(__file__).parents[2] / "web" / "docs" / "PerformanceTimers.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "web" / "docs" / "PerformanceTimers.md"
+SEEING = (ROOT / "docs" / "seeing.md").read_text(encoding="utf-8")
 
 
 def test_the_exclusive_ones_are_the_categories_in_the_report_s_order() -> None:
@@ -56,6 +60,7 @@ def test_the_peak_is_the_report_s_own_where_it_has_one() -> None:
     assert peak_of({"vram": {}}) is None and peak_of({}) is None
 
 
+@settings(deadline=None)  # others share the machine
 @drawn(
     st.dictionaries(
         st.sampled_from(["totals", "vram", "ram"]),
@@ -117,3 +122,46 @@ def test_the_example_of_the_page_is_a_line_of_ours() -> None:
         assert figure in text.split("In this case:")[1].split("The seconds are exclusive")[0], figure
     moved = seconds["onload"] + seconds["stall"] + seconds["evict"]
     assert f"= {moved:.2f} s, {100 * moved / wall:.0f} % of the run" in text
+
+
+# --- what the pages claim
+
+
+def test_it_is_said_which_peak_is_meant() -> None:
+    """The run's is the card's, other programs included; a node's is what this process held."""
+    (peak,) = (timer for timer in TIMERS if timer.name == "VRAM peak")
+    assert "other programs included" in peak.means
+    section = PAGE.read_text(encoding="utf-8").split("### VRAM peak\n")[1].split("###")[0]
+    assert "other programs included" in section and "what this process held" in section
+    told = SEEING.split("**Which peak?**")[1].split("## One picture")[0]
+    assert "other programs included" in told and "what this process held" in told
+    report = (ROOT / "web" / "docs" / "VRAMReport.md").read_text(encoding="utf-8")
+    assert "the tick the run's peak: the card's, other programs included" in report
+
+
+def test_what_it_costs_is_what_the_run_does() -> None:
+    told = SEEING.split("## What it costs\n")[1]
+    assert "is asked by the thread that drives the device" in told
+    assert (comfyui_run.SAMPLE_S, comfyui_run.SELDOM_S) == (0.25, 1.0)
+    assert "at most four times a second while a page watches, else at most once a second" in told
+    assert "What the second thread does beside it" in told
+
+
+def test_a_hidden_page_is_not_said_to_cost_nothing() -> None:
+    lasts = re.search(r"^LASTS = (\d+)", (ROOT / "nodes" / "telemetry.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert lasts is not None and f"is sent for up to {lasts[1]} s and dropped by the page" in SEEING
+    for page in (SEEING, (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert not re.search(r"hidden (costs|is sent) nothing", page)
+
+
+def test_the_column_that_says_why_is_there() -> None:
+    panel = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").glob("*.js"))
+    for page in (SEEING, PAGE.read_text(encoding="utf-8")):
+        (column,) = set(re.findall(r"column \*(.+?)\*", page))
+        assert f'title: "{column}"' in panel
+
+
+def test_what_is_to_be_typed_needs_no_file_that_is_not_there() -> None:
+    told = (ROOT / "web" / "js" / "README.md").read_text(encoding="utf-8")
+    assert "npm install" in told
+    assert "npm ci" not in told or (ROOT / "tests" / "browser" / "package-lock.json").is_file()
