@@ -44,8 +44,9 @@ class Here:
         self.stub.reset()
         self.stub.settings.clear()
         self.stub.settings.update({**self._usual, **OURS})
-        self.pages.watch.allowed.clear()
         self.page.reload()
+        self.pages.watch.allowed.clear()
+        self.pages.watch.complaints.clear()  # late ones of the page before, whose test has been judged
         self.pages.ready(self.page)
         load_workflow(self.page, graph)
 
