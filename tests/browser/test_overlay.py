@@ -199,7 +199,7 @@ def test_texts_after_a_run_outlive_a_reload(here: Any, shot: Any) -> None:
     look_at(page, SAMPLER, 0.9)
     page.wait_for_function(f"() => ({DRAWN})().length === 2")
     assert "12.4 s, moves 1.5 s, peak 9.8 GiB" in texts(page)
-    start(here, DECODE)
+    start(here, DECODE, type="VAEDecode")
     page.wait_for_function(f"() => ({DRAWN})().length === 1")
     assert texts(page)[0].startswith("VRAM"), "while a run is on no older one is shown"
 

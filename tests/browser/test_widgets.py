@@ -92,6 +92,7 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
         assert float(segment.evaluate("e => parseFloat(e.style.width)")) == pytest.approx(
             100 * vram[part] / canned.TOTAL
         )
+    assert page.locator(f"{REPORT} .bo-meter .bo-title").inner_text() == "VRAM now"
     assert value(page, REPORT, "peak") == vram["peak"]
     assert value(page, REPORT, "step") == pytest.approx(0.2215)
     assert value(page, REPORT, "step_moves") == pytest.approx(0.01425)
@@ -108,8 +109,10 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
     sent = {"node": REPORT_ID, "display_node": REPORT_ID, "output": output, "prompt_id": "run-1"}
     stub.send("executed", sent)
     stub.send("executing", {"node": None, "prompt_id": "run-1"})
-    stub.send("offload.report", {**canned.row(report), "text": f"Done. {MARKUP}"})
-    check_report(page, report, text=f"Done. {MARKUP}")
+    told = f"Done. {MARKUP}\nHint: The denoiser {MARKUP} moved. Turn fit_aware on."
+    stub.send("offload.report", {**canned.row(report), "text": told})
+    check_report(page, report, text=f"Done. {MARKUP}")  # the hint has a place of its own
+    assert page.locator(f"{REPORT} .bo-meter .bo-title").inner_text() == "VRAM at the end of the last run"
     assert clipped(page, REPORT) == []
     shot(page, f"report-after-{here.where}")
     assert page.evaluate("() => window.hacked") is None
