@@ -3,7 +3,6 @@ who did not ask."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import struct
@@ -26,11 +25,11 @@ Graph = dict[str, Any]
 TEXT = 3  # kind of a binary frame: a text for a node
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 TELEMETRY = {
-    *("v", "prompt_id", "node", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
+    *("v", "prompt_id", "node", "type", "t", "device", "step", "steps", "vram", "step_ms", "stall_ms", "moved"),
     *("components", "points", "stages", "ended"),
 }
 VRAM = {"weights", "activations", "others", "free", "high", "low", "peak", "total"}
-POINT = {"t", "node", "step", "steps", "step_ms", "stall_ms", "moved", "weights", "allocated"}
+POINT = {"t", "node", "type", "step", "steps", "step_ms", "stall_ms", "moved", "weights", "allocated"}
 ENDED = {"id", "display", "type", "wall_s", "moves_s", "stall_s", "peak", "cached"}
 
 
@@ -106,6 +105,8 @@ def test_the_shape_of_a_message(run: dict[str, Any]) -> None:
     for data in samples:
         assert set(data) == TELEMETRY and set(data["vram"]) == VRAM and data["v"] == 1
         assert data["prompt_id"] == run["prompt_id"]
+        for said in (data, *data["points"], *data["stages"]):
+            assert said["type"] == (None if said["node"] is None else run["graph"][said["node"]]["class_type"])
         assert all(set(point) == POINT for point in [*data["points"], *data["stages"]])
         assert all(set(row) == ENDED for row in data["ended"])
         json.dumps(data, allow_nan=False)
@@ -152,12 +153,12 @@ def test_figures_of_memory(run: dict[str, Any]) -> None:
         assert all(data["vram"]["free"] is None for _, data in run["told"]), "RAM is no card's memory"
         return
     known = [data for _, data in run["told"] if data["vram"]["weights"] is not None and data["step"]]
-    assert known
+    assert known and any(data["vram"]["activations"] > 0 for data in known)
     for data in known:
         vram = data["vram"]
         assert vram["total"] == report["vram"]["total"]
         parts = vram["weights"] + vram["activations"] + vram["others"] + vram["free"]
-        assert parts == pytest.approx(vram["total"], abs=data["vram"]["weights"] + (1 << 20))
+        assert parts == vram["total"]
         assert (vram["high"], vram["low"]) == (report["resolved"]["high"], report["resolved"]["low"])
         assert vram["peak"] <= max(filter(None, (report["vram"][k] for k in ("peak_torch", "peak_device"))))
         assert sum(row["bytes"] for row in data["components"]) == vram["weights"]
@@ -207,7 +208,8 @@ def test_the_events_row_is_the_lists_row(host_server: HostServer, run: dict[str,
         assert mine[key] == report.get(key), key
     for row, entry in zip(mine["nodes"], report["nodes"], strict=True):
         assert row["id"] == entry["id"] and row["peak"] == entry["peak"] and row["cached"] == entry["cached"]
-        if entry["t0"] is not None:
+        assert row["wall_s"] == entry["wall_s"]
+        if entry["t0"] is not None:  # none of them is suspended, so the bounds of each are those of its time
             assert row["wall_s"] == entry["t1"] - entry["t0"]
 
 
@@ -273,40 +275,6 @@ def test_marks_of_what_is_wrong(host_server: HostServer) -> None:
     assert host_server.status_of("/api/offload/marks") == 200
 
 
-# ---------------------------------------------------------------------- nodes inside others
-def test_an_expanded_node_is_told_as_the_one_that_the_user_sees(server: HostServer) -> None:
-    graph = graphs.stock(seed=831, steps=60)
-    node = node_of(graph, "KSampler")
-    graph[node]["class_type"] = "TestExpandedSampler"
-    with asking(server) as events:
-        prompt_id = server.queue(graph, client=events.client)
-        assert server.wait(prompt_id)["status"]["completed"]
-        row = events.wait_for("offload.report", prompt_id=prompt_id)
-    [inner] = [entry for entry in row["nodes"] if entry["type"] == "KSampler"]
-    assert inner["id"] != node and inner["display"] == node
-    steps = [point for _, data in messages(events) for point in data["points"]]
-    assert {point["node"] for point in steps} == {node} and steps[-1]["step"] == 60
-
-
-def test_a_node_in_a_subgraph_has_the_path_to_it(server: HostServer) -> None:
-    """As a front end flattens one: node 7 of subgraph 3 is "3:7"."""
-    flat = graphs.stock(seed=832, steps=4)
-
-    def moved(value: Any) -> Any:
-        return [f"40:{value[0]}", value[1]] if isinstance(value, list) else value
-
-    graph: Graph = {}
-    for key, described in copy.deepcopy(flat).items():
-        inputs = {name: moved(value) for name, value in described["inputs"].items()}
-        graph[f"40:{key}"] = {**described, "inputs": inputs}
-    prompt_id = server.queue(graph)
-    assert server.wait(prompt_id)["status"]["completed"]
-    nodes = report_of(server, prompt_id)["nodes"]
-    assert {entry["type"] for entry in nodes} >= {"KSampler", "VAEDecode"}
-    for entry in nodes:  # a loader that was cached before anybody watched is in no list
-        assert entry["id"] == entry["display"] and entry["id"] in graph and entry["id"].startswith("40:")
-
-
 # ---------------------------------------------------------------------- pages without our script
 def texts_of(events: Listener, node: str) -> list[tuple[float, str]]:
     """(seconds, text) for this node among the binary frames, as a front end reads them."""
@@ -348,7 +316,7 @@ def test_a_page_without_our_script_is_told_by_texts(host_server: HostServer, pag
     said = [text for _, text in texts_of(browser, sampler)]
     live = [text for text in said if "step " in text]
     times = [t for t, text in texts_of(browser, sampler) if "step " in text]
-    wall = next(node["t1"] - node["t0"] for node in report["nodes"] if node["id"] == sampler)
+    wall = next(node["wall_s"] for node in report["nodes"] if node["id"] == sampler)
     assert len(live) >= 2 and len(live) - 1 <= (times[-1] - times[0]) * 1.1 + 0.1, "once a second"
     assert f"/{steps_of(graph)}" in live[0] and ("VRAM" in live[0]) == (report["rung"] == "simulated")
     assert "step" not in said[-1], "what the node came to stays"
