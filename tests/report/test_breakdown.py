@@ -64,7 +64,7 @@ def run(clock: Any, ledger: Ledger) -> RunRecord:
 def test_rows_add_up_to_the_totals(run: RunRecord, given: dict[str, Any]) -> None:
     report = build_report(run, **given, components=[{"name": "unet", "weight_bytes": 10}])
     rows = report["by_component"]
-    assert [row["component"] for row in rows][0] == "unet", "those that are managed come first"
+    assert next(row["component"] for row in rows) == "unet", "those that are managed come first"
     for name in TIMES:
         assert sum(row[name] for row in rows) == report["totals"][name] != 0, name
     for name in BYTES:
