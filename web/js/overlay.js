@@ -176,7 +176,8 @@ export function planOf(root, graph, store) {
     if (node && told && isHere(from, store)) items.push(liveItem(node, live, running.node));
   }
   // Nodes of a run of which there is no report yet: as far as their ends were told.
-  const early = sampled !== null && (running ? running.prompt_id === sampled : !store.row(sampled) && store.ended.length > 0);
+  const unreported = sampled !== null && store.ended.length > 0 && !store.row(sampled);
+  const early = running ? running.prompt_id === sampled : unreported;
   const told = early ? store.ended : running ? [] : (store.runs[0]?.nodes ?? []);
   const rows = told.filter((row) => fits(find(from, row.display), row));
   for (const [id, row] of rowsByNode(starts, rows)) {

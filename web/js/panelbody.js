@@ -48,7 +48,7 @@ const NODES = [
   { key: "display", title: "Node", kind: "text" },
   { key: "type", title: "Type", kind: "text" },
   { key: "wall_s", title: "Time", kind: "seconds" },
-  { key: "resident", title: "Resident", kind: "text", help: "Most of each component in its stages that was on the device" },
+  { key: "resident", title: "Resident", kind: "text", help: "Most of each of its components on the device" },
   { key: "moves_s", title: "Moves", kind: "seconds", help: "Onload, stall and evict together" },
   { key: "onload_s", title: "Onload", kind: "seconds", help: "Blocked on a copy outside a step" },
   { key: "stall_s", title: "Stall", kind: "seconds", help: "Compute waits for a copy, inside a step" },
