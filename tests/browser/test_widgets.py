@@ -81,8 +81,7 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
     stub.send("execution_start", {"prompt_id": "run-1"})
     stub.send("executing", {"node": SAMPLER, "display_node": SAMPLER, "prompt_id": "run-1"})
     for step in (1, 2, 3):
-        event = canned.telemetry("run-1", SAMPLER, step, 20, 1.5 + 0.22 * step)
-        stub.send("offload.telemetry", event)
+        stub.send("offload.telemetry", event := canned.telemetry("run-1", SAMPLER, step, 20, 1.5 + 0.22 * step))
     page.locator(f"{REPORT} .bo-meter").wait_for(state="visible")
     page.wait_for_timeout(300)
     vram = event["vram"]
@@ -106,11 +105,9 @@ def test_a_report_before_in_and_after_a_run_and_a_reload(here: Any, shot: Any) -
     # The node runs, then the prompt ends: what it showed is completed.
     report = stub.add_run(with_our_node("run-1", hints=[canned.hint(sentence=f"The denoiser {MARKUP} moved.")]))
     output = {"text": ["So far: 1.5 s"], "vram_report": [{**report, "ended": False, "complete": False}]}
-    sent = {"node": REPORT_ID, "display_node": REPORT_ID, "output": output, "prompt_id": "run-1"}
-    stub.send("executed", sent)
+    stub.send("executed", {"node": REPORT_ID, "display_node": REPORT_ID, "output": output, "prompt_id": "run-1"})
     stub.send("executing", {"node": None, "prompt_id": "run-1"})
-    told = f"Done. {MARKUP}\nHint: The denoiser {MARKUP} moved. Turn fit_aware on."
-    stub.send("offload.report", {**canned.row(report), "text": told})
+    stub.send("offload.report", {**canned.row(report), "text": f"Done. {MARKUP}\nHint: {MARKUP} moved."})
     check_report(page, report, text=f"Done. {MARKUP}")  # the hint has a place of its own
     assert page.locator(f"{REPORT} .bo-meter .bo-title").inner_text() == "VRAM at the end of the last run"
     assert clipped(page, REPORT) == []
