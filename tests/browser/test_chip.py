@@ -85,9 +85,8 @@ def test_a_run_from_its_events_to_its_end(here: Here, shot: Callable[[Any, str],
     assert float(ended["value"]) == pytest.approx(moves, abs=1e-12)
     assert figure(page, "peak")["text"] == f", peak {_bare(report['vram']['peak'])}"
     label = page.locator(BUTTON).get_attribute("aria-label")
-    assert (
-        label == "".join(figure(page, name)["text"] for name in ("used", "peak", "moves")) + ". Open the Offload panel"
-    )
+    text = "".join(figure(page, name)["text"] for name in ("used", "peak", "moves"))
+    assert label == f"{text}, at the end of the last run. Open the Offload panel"
     assert said(page) == f"Run ended: VRAM peak {summary.size(report['vram']['peak'])}, moves {summary.seconds(moves)}."
 
 

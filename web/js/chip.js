@@ -55,21 +55,24 @@ export function makeChip(host, store, { open, heard, drawn = () => {} }) {
     const text = Object.values(parts)
       .map((part) => part.text)
       .join("");
-    setAttr(button, "aria-label", `${text}. ${OPENS}`);
-    measure(now);
+    // Nothing samples the card between two runs: what is known is how the last one left it.
+    const when = !now.running && now.used !== null ? ", at the end of the last run" : "";
+    setAttr(button, "aria-label", `${text}${when}. ${OPENS}`);
+    setAttr(button, "title", when ? `${OPENS} (figures${when})` : OPENS);
+    measure(now, when);
     element.dataset.running = String(now.running);
     drawn();
   }
 
-  /** @param {ReturnType<typeof chipFigures>} now */
-  function measure({ used, total }) {
+  /** @param {ReturnType<typeof chipFigures>} now @param {string} when */
+  function measure({ used, total }, when) {
     const measured = used !== null && total !== null && total > 0;
     meter.hidden = !measured;
     element.dataset.measured = String(measured);
     const share = measured ? Math.min(1, used / total) : 0;
     bar.style.transform = `scaleX(${share.toFixed(4)})`;
     setAttr(meter, "role", measured ? "meter" : null);
-    setAttr(meter, "aria-label", measured ? "VRAM in use" : null);
+    setAttr(meter, "aria-label", measured ? `VRAM in use${when}` : null);
     setAttr(meter, "aria-valuemin", measured ? "0" : null);
     setAttr(meter, "aria-valuemax", measured ? String(total) : null);
     setAttr(meter, "aria-valuenow", measured ? String(Math.min(used, total)) : null);
