@@ -37,12 +37,25 @@ HERE = Path(__file__).resolve().parent
 GRAPH = "02-fit-aware-hires"
 
 
+ALL_FOUR = ("test_console", "test_overlay")
+"""Files that run in each front end and each of its modes. The others run in two that differ in both (the old front end
+on the canvas, the new one in Nodes 2.0), and in the other two where they are asked for: -m slow."""
+CROSSED = (places.Where(places.FRONTENDS[0], True), places.Where(places.FRONTENDS[-1], False))
+
+
+# first: what is marked here is looked at when `-m` selects
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share pages, so they go to one worker (`--dist loadgroup`)."""
     for item in items:
-        if HERE in Path(item.path).parents:
-            item.add_marker(pytest.mark.browser)
-            item.add_marker(pytest.mark.xdist_group(f"browser/{Path(item.path).stem}"))
+        if HERE not in Path(item.path).parents:
+            continue
+        name = Path(item.path).stem
+        item.add_marker(pytest.mark.browser)
+        item.add_marker(pytest.mark.xdist_group(f"browser/{name}"))
+        values = getattr(item, "callspec", None)
+        if name not in ALL_FOUR and values is not None and any(one in CROSSED for one in values.params.values()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
