@@ -37,10 +37,22 @@ HERE = Path(__file__).resolve().parent
 GRAPH = "02-fit-aware-hires"
 
 
-ALL_FOUR = ("test_console", "test_overlay")
-"""Files that run in each front end and each of its modes. The others run in two that differ in both (the old front end
-on the canvas, the new one in Nodes 2.0), and in the other two where they are asked for: -m slow."""
-CROSSED = (places.Where(places.FRONTENDS[0], True), places.Where(places.FRONTENDS[-1], False))
+ALL_FOUR = ("test_boots_and_runs_quietly",)
+"""Tests that run in each front end and each of its modes. The others cost some 8 s each: they run in one of the four,
+or in two that differ in both, and in the rest where they are asked for: -m slow."""
+BOTH = ("test_overlay", "test_widgets")
+OLD = places.Where(places.FRONTENDS[0], False)
+NEW = places.Where(places.FRONTENDS[-1], True)
+
+
+def _usual(item: pytest.Item) -> bool:
+    """Whether a test runs without being asked for."""
+    values = getattr(item, "callspec", None)
+    where = next((one for one in values.params.values() if isinstance(one, places.Where)), None) if values else None
+    name = getattr(item, "originalname", item.name)
+    if where is None or name in ALL_FOUR:
+        return True
+    return where in ((OLD, NEW) if Path(item.path).stem in BOTH else (NEW,))
 
 
 # first: what is marked here is looked at when `-m` selects
@@ -48,14 +60,11 @@ CROSSED = (places.Where(places.FRONTENDS[0], True), places.Where(places.FRONTEND
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share pages, so they go to one worker (`--dist loadgroup`)."""
     for item in items:
-        if HERE not in Path(item.path).parents:
-            continue
-        name = Path(item.path).stem
-        item.add_marker(pytest.mark.browser)
-        item.add_marker(pytest.mark.xdist_group(f"browser/{name}"))
-        values = getattr(item, "callspec", None)
-        if name not in ALL_FOUR and values is not None and any(one in CROSSED for one in values.params.values()):
-            item.add_marker(pytest.mark.slow)
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.xdist_group(f"browser/{Path(item.path).stem}"))
+            if not _usual(item):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

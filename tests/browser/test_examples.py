@@ -17,6 +17,7 @@ from . import places
 from .pages import ROOT, load_workflow, queue
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+USUAL = ("02-fit-aware-hires", "05-batch-report")  # with the most nodes; the rest where they are asked for
 WIDTH = 1280
 """Pixels of a picture's width."""
 BOXES = """() => app.rootGraph.nodes.map(n => ({id: n.id, type: n.type,
@@ -74,7 +75,9 @@ def example(browser: Any) -> Any:
         stub.stop()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in NAMES]
+)
 def test_nothing_lies_on_anything_else(name: str, example: Any, shot: Callable[..., Any]) -> None:
     """As it is opened, and after a run, when nodes have grown with what they show."""
     pages, page, stub = example
