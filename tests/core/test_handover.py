@@ -407,10 +407,10 @@ def test_an_allocation_that_is_refused_brings_up_less(run: Run, monkeypatch: pyt
     sim, original = run.sim, Residents.bring_early
     refused_at = 0
 
-    def with_a_refusal(self: Residents, wanted: Any, room: int) -> int:
+    def with_a_refusal(self: Residents, wanted: Any, room: int, avoidable: bool) -> int:
         if self._component.name == "unet":
             sim.refuse_allocation(refused_at)
-        return original(self, wanted, room)
+        return original(self, wanted, room, avoidable)
 
     found = []
     count = normal["text_encoder_2", "unet"] // (128 * 128 * 4 + 512)
