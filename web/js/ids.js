@@ -120,3 +120,18 @@ function add(a, b) {
     cached: a.cached === true && b.cached === true,
   };
 }
+
+/**
+ * Whether the node that runs is the one that this page has under its id: by its type, and where that was not told, as
+ * this page queued the prompt.
+ * @param {any} root
+ * @param {Pick<import("./types.d.ts").StoreLike, "running" | "live" | "mine">} store
+ * @returns {boolean}
+ */
+export function isHere(root, { running, live, mine }) {
+  if (running === null) return false;
+  const type = live && live.prompt_id === running.prompt_id && live.node === running.node ? live.type : null;
+  if (type === null) return running.prompt_id === null || running.prompt_id === mine;
+  const node = find(root, running.node);
+  return node !== null && (node.comfyClass ?? node.type) === type;
+}

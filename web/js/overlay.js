@@ -7,7 +7,7 @@
  */
 import { el } from "./dom.js";
 import { bare, bytes, seconds, unit } from "./format.js";
-import { find, localId, prefixes, rowsByNode } from "./ids.js";
+import { find, isHere, localId, prefixes, rowsByNode } from "./ids.js";
 import { theme } from "./look.js";
 import { nodeText } from "./model.js";
 import { barOf } from "./scale.js";
@@ -186,21 +186,6 @@ export function planOf(root, graph, store) {
     if (node) items.push({ node, texts: notes(text), bar: null, marks: "", box: unplaced() });
   }
   return items;
-}
-
-/**
- * Whether the node that runs is the one that this page has under its id: by its type, and where that was not told, as
- * this page queued the prompt.
- * @param {any} root
- * @param {Pick<StoreLike, "running" | "live" | "mine">} store
- * @returns {boolean}
- */
-export function isHere(root, { running, live, mine }) {
-  if (running === null) return false;
-  const type = live && live.prompt_id === running.prompt_id && live.node === running.node ? live.type : null;
-  if (type === null) return running.prompt_id === null || running.prompt_id === mine;
-  const node = find(root, running.node);
-  return node !== null && (node.comfyClass ?? node.type) === type;
 }
 
 /**
