@@ -165,22 +165,21 @@ class MarkLog:
 
     def resolve(self, t: float) -> None:
         """The next mark was passed at `t` seconds."""
-        i = len(self.t)
-        if i == 0:
-            self.busy.append(0.0)
-            self.stalled.append(0.0)
-            self.onloaded.append(0.0)
-            self.evicted.append(0.0)
-            self.t.append(t)
+        times, busy, stalled, onloaded, evicted = self.t, self.busy, self.stalled, self.onloaded, self.evicted
+        if not times:
+            for column in (busy, stalled, onloaded, evicted, times):
+                column.append(t if column is times else 0.0)
             return
-        t = max(t, self.t[i - 1])  # marks taken on two streams can cross; a duration is never negative
-        code, dur = self.code[i - 1], t - self.t[i - 1]
+        before = times[-1]
+        if t < before:  # marks taken on two streams can cross; a duration is never negative
+            t = before
+        code, dur = self.code[len(times) - 1], t - before
         self.seconds[code] += dur
-        self.busy.append(self.busy[i - 1] + (dur if code in COMPUTE else 0.0))
-        self.stalled.append(self.stalled[i - 1] + (dur if code == STALL else 0.0))
-        self.onloaded.append(self.onloaded[i - 1] + (dur if code == ONLOAD else 0.0))
-        self.evicted.append(self.evicted[i - 1] + (dur if code == EVICT else 0.0))
-        self.t.append(t)  # last, so that no time is without its sums when Ctrl+C comes
+        busy.append(busy[-1] + dur if code in COMPUTE else busy[-1])
+        stalled.append(stalled[-1] + dur if code == STALL else stalled[-1])
+        onloaded.append(onloaded[-1] + dur if code == ONLOAD else onloaded[-1])
+        evicted.append(evicted[-1] + dur if code == EVICT else evicted[-1])
+        times.append(t)  # last, so that no time is without its sums when Ctrl+C comes
 
     @property
     def whole(self) -> bool:
