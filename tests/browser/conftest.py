@@ -40,7 +40,7 @@ GRAPH = "02-fit-aware-hires"
 ALL_FOUR = ("test_boots_and_runs_quietly",)
 """Tests that run in each front end and each of its modes. The others cost some 8 s each: they run in one of the four,
 or in two that differ in both, and in the rest where they are asked for: -m slow."""
-BOTH = ("test_overlay", "test_widgets")
+BOTH = ("test_overlay",)
 OLD = places.Where(places.FRONTENDS[0], False)
 NEW = places.Where(places.FRONTENDS[-1], True)
 

@@ -17,7 +17,11 @@ from .places import NEWEST, Where
 from .stub import Stub
 
 GRAPH = "02-fit-aware-hires"
-STATES = [(Where(NEWEST, vue), theme) for vue in (False, True) for theme in ("dark", "light")]
+STATES = [
+    pytest.param(Where(NEWEST, vue), theme, id=f"{Where(NEWEST, vue)}-{theme}", marks=pytest.mark.slow if slow else [])
+    for vue in (False, True)
+    for theme, slow in (("dark", False), ("light", True))
+]
 SIZE = {"width": 1440, "height": 900}
 PEAK = "() => /peak/.test(document.querySelector('.bo-chip')?.textContent ?? '')"
 VIEW = """([x, y, scale]) => { app.canvas.ds.scale = scale; app.canvas.ds.offset = [x, y];
@@ -29,7 +33,7 @@ SMALL = """() => [...document.querySelectorAll('.bo-root, .bo-root *')]
 """Texts on nodes are scaled with the graph by its zoom; they are 11 px at a zoom of one."""
 
 
-@pytest.mark.parametrize(("place", "theme"), STATES, ids=[f"{place}-{theme}" for place, theme in STATES])
+@pytest.mark.parametrize(("place", "theme"), STATES)
 def test_each_state(open_page: Any, stub: Stub, shot: Callable[..., Any], place: Where, theme: str) -> None:
     def take(page: Any, state: str) -> None:
         page.wait_for_timeout(500)
