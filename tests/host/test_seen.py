@@ -144,7 +144,10 @@ def test_a_point_for_each_step_that_the_host_tells(run: dict[str, Any]) -> None:
     assert moved == sorted(moved) and moved[-1] <= run["report"]["totals"]["bytes_h2d"]
     if run["report"]["rung"] == "simulated":
         by_step = [step["bytes_h2d"] for step in run["report"]["steps"]]
-        assert moved[-1] - moved[0] == pytest.approx(sum(by_step[1:]), rel=0.02) and moved[-1] > moved[0]
+        calls = len(by_step) // most  # of the denoiser in each step
+        between_told = sum(by_step[known[0] * calls : known[-1] * calls])
+        # a step's end is told before or after what the next one has asked for ahead
+        assert moved[-1] - moved[0] == pytest.approx(between_told, abs=2 * max(by_step)) and moved[-1] > moved[0]
 
 
 def test_figures_of_memory(run: dict[str, Any]) -> None:
