@@ -32,6 +32,7 @@ USUAL = (
     r"ComfyApp graph accessed before initialization",
     # Routes of newer or of cloud hosts, feature-detected by the front end.
     r"status of 40[45] .*/api/(?!offload)",
+    r"\[Jobs API\] Failed to fetch jobs: 404",
 )
 OURS = "Balanced Offload"
 

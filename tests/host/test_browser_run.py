@@ -84,7 +84,9 @@ def test_panel_and_node_say_what_the_report_says(
     bars = tab.page.evaluate("() => window.bars")
     weights = {float(value) for value, _, _ in bars if value is not None}
     assert len(weights) >= 2 and max(weights) <= CAP, f"the bar of weights stood still: {weights}"
-    assert len({round(width, 1) for _, _, width in bars if width}) >= 2, "its width too"
+    drawn_at = [value for value in weights if value > 0]
+    if max(drawn_at) - min(drawn_at) > CAP / 50:  # else it is less than pixels can show
+        assert len({round(width, 1) for _, _, width in bars if width}) >= 2, "its width too"
 
     panel = tab.picked(report["prompt_id"])
     head = figures(panel.locator(".bo-panel-figures"))
