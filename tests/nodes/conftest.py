@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 import balanced_offload
+from balanced_offload.offload.adapters import comfyui_runs
+from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
+
+from .report_prompts import Prompts
 
 # What a host brings; `nodes`, `server` and the like are its top-level modules, not the pack's.
 OF_HOST = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server")
@@ -41,3 +45,18 @@ def nodes(host: ModuleType) -> dict[str, Any]:
     extension = asyncio.run(balanced_offload.comfy_entrypoint())
     classes = asyncio.run(extension.get_node_list())
     return {kind.define_schema().node_id: kind for kind in classes}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
+    """Prompts of a host in small."""
+    return Prompts(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
+    """The runs of this process, with no session."""
+    made = PromptRuns(session=lambda: None)
+    monkeypatch.setattr(comfyui_runs, "_runs", made)
+    monkeypatch.setattr(made, "_soon", lambda prompt_id: None)
+    return made

@@ -8,14 +8,13 @@ import json
 import random
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from balanced_offload.nodes.telemetry import Telemetry
-from balanced_offload.offload.adapters import comfyui_runs, comfyui_runs_live
+from balanced_offload.offload.adapters import comfyui_runs_live
 from balanced_offload.offload.adapters.comfyui_run import Run
 from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
 from balanced_offload.offload.adapters.comfyui_runs_live import ONCE, Live, Totals, snapshot
@@ -25,19 +24,6 @@ from balanced_offload.offload.backend.base import DeviceMemory
 from balanced_offload.offload.ledger import CATEGORIES, Ledger
 
 from .report_prompts import Node, Prompts
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
-    return Prompts(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
-    made = PromptRuns(session=lambda: None)
-    monkeypatch.setattr(comfyui_runs, "_runs", made)
-    monkeypatch.setattr(made, "_soon", lambda prompt_id: None)
-    return made
 
 
 def test_points_at_every_step_and_at_a_nodes_ends(prompts: Prompts, runs: PromptRuns) -> None:

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from balanced_offload.offload.adapters import comfyui_runs
 from balanced_offload.offload.adapters.comfyui_runs import PromptRuns
 from balanced_offload.offload.adapters.hinting import Advice
 
 from .report_prompts import Node, Prompts
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
-    return Prompts(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
-    fresh = PromptRuns(session=lambda: None)
-    monkeypatch.setattr(comfyui_runs, "_runs", fresh)
-    monkeypatch.setattr(fresh, "_soon", lambda prompt_id: None)
-    return fresh
 
 
 def test_a_watcher_that_is_late_closes_nothing_again(

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,20 +22,6 @@ from balanced_offload.offload.report import validate
 from balanced_offload.offload.simulator import load
 
 from .report_prompts import Interrupted, Node, Prompts
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
-    return Prompts(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def runs(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> PromptRuns:
-    """The runs of this process, with no session."""
-    made = PromptRuns(session=lambda: None)
-    monkeypatch.setattr(comfyui_runs, "_runs", made)
-    monkeypatch.setattr(made, "_soon", lambda prompt_id: None)
-    return made
 
 
 def until(condition: Any, seconds: float = 5.0) -> Any:
