@@ -132,8 +132,15 @@ def sim(vram: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType
     assert on_default, "the test left another stream than the default one as the current one"
 
 
-def _clean(vram: ModuleType) -> None:
+def forget_the_last_failure() -> None:
+    """Drop what the runner keeps for a debugger: its traceback keeps the failed test's tensors into later tests."""
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+        sys.__dict__.pop(name, None)
     gc.collect()
+
+
+def _clean(vram: ModuleType) -> None:
+    forget_the_last_failure()
     vram.set_stream(vram.default_stream())
     vram.synchronize()
     vram.empty_cache()

@@ -156,7 +156,11 @@ def test_figures_of_memory(run: dict[str, Any]) -> None:
         assert all(data["vram"]["free"] is None for _, data in run["told"]), "RAM is no card's memory"
         return
     known = [data for _, data in run["told"] if data["vram"]["weights"] is not None and data["step"]]
-    assert known and any(data["vram"]["activations"] > 0 for data in known)
+    assert known, "weights are known while it steps"
+    points = [point for _, data in run["told"] for point in data["points"]]
+    looks = [point for point in points if point["allocated"] is not None and point["weights"]]
+    assert looks and all(point["allocated"] >= point["weights"] for point in looks)
+    assert any(point["allocated"] > point["weights"] for point in looks), "latents at the least"
     for data in known:
         vram = data["vram"]
         assert vram["total"] == report["vram"]["total"]

