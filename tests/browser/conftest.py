@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import places
+from .chromium import chromium_or_skip
 
 if TYPE_CHECKING:  # imported where they are used: without playwright and aiohttp these tests skip
     from playwright.sync_api import Browser, Page
@@ -37,10 +38,9 @@ HERE = Path(__file__).resolve().parent
 GRAPH = "02-fit-aware-hires"
 
 
-ALL_FOUR = ("test_boots_and_runs_quietly",)
-"""Tests that run in each front end and each of its modes. The others cost some 8 s each: they run in one of the four,
-or in two that differ in both, and in the rest where they are asked for: -m slow."""
-BOTH = ("test_overlay",)
+BOTH = ("test_boots_and_runs_quietly", "test_the_strip_of_a_running_node_is_the_event")
+"""Tests that run in two front ends that differ in version and mode. A boot costs some 8 s of two cores, so the others
+run in one of the four; the rest of the matrix, and what is marked slow, runs where it is asked for: -m slow."""
 OLD = places.Where(places.FRONTENDS[0], False)
 NEW = places.Where(places.FRONTENDS[-1], True)
 
@@ -50,9 +50,7 @@ def _usual(item: pytest.Item) -> bool:
     values = getattr(item, "callspec", None)
     where = next((one for one in values.params.values() if isinstance(one, places.Where)), None) if values else None
     name = getattr(item, "originalname", item.name)
-    if where is None or name in ALL_FOUR:
-        return True
-    return where in ((OLD, NEW) if Path(item.path).stem in BOTH else (NEW,))
+    return where is None or where in ((OLD, NEW) if name in BOTH else (NEW,))
 
 
 # first: what is marked here is looked at when `-m` selects
@@ -70,17 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One Chromium for a file: while it is there an event loop runs on this thread, which other tests must not find."""
-    reason = places.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    from .pages import launch
-
-    with sync_playwright() as playwright:
-        made = launch(playwright)
+    with chromium_or_skip() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture

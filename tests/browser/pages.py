@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page
 
 from . import places
 from .stub import Stub
 
 ROOT = Path(__file__).resolve().parents[2]
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-ARGUMENTS += ["--disable-sync", "--no-first-run", "--disable-quic", "--enable-precise-memory-info"]
 READY = "() => window.app?.graph && window.app.canvas && window.app.extensionManager?.setting"
 SIZE = {"width": 1280, "height": 800}
 USUAL = (
@@ -35,10 +33,6 @@ USUAL = (
     r"\[Jobs API\] Failed to fetch jobs: 404",
 )
 OURS = "Balanced Offload"
-
-
-def launch(playwright: Playwright) -> Browser:
-    return playwright.chromium.launch(executable_path=places.chromium(), headless=True, args=ARGUMENTS)
 
 
 class Watch:
@@ -211,3 +205,16 @@ def heap(page: Page) -> float:
     used: float = session.send("Runtime.getHeapUsage")["usedSize"]
     session.detach()
     return used
+
+
+def look_at(page: Page, node: str, zoom: float, x: int, y: int) -> None:
+    """Move the graph so that this node begins x and y pixels from the canvas' corner."""
+    page.evaluate(
+        """([id, zoom, x, y]) => {
+          const node = app.canvas.graph.getNodeById(Number(id));
+          app.canvas.ds.scale = zoom;
+          app.canvas.ds.offset = [x / zoom - node.pos[0], y / zoom - node.pos[1]];
+          app.canvas.setDirty(true, true);
+        }""",
+        [node, zoom, x, y],
+    )

@@ -41,13 +41,13 @@ class Here:
 
     def put_back(self, graph: str | dict[str, Any]) -> None:
         """The state in which a test finds it. What our modules keep goes with a reload, which costs little here."""
+        self.page.goto("about:blank")  # else the page before asks for reports that are gone, and complains
         self.stub.reset()
         self.stub.settings.clear()
         self.stub.settings.update({**self._usual, **OURS})
-        self.page.reload()
         self.pages.watch.allowed.clear()
         self.pages.watch.complaints.clear()  # late ones of the page before, whose test has been judged
-        self.pages.ready(self.page)
+        self.pages.load(self.page)
         load_workflow(self.page, graph)
 
     def close(self) -> None:

@@ -94,6 +94,7 @@ def _bare(size: int) -> str:
     return summary.size(size, "GiB").removesuffix(" GiB")
 
 
+@pytest.mark.slow
 def test_an_event_without_figures_is_said_to_be_unknown(here: Here) -> None:
     page, stub = here.page, here.stub
     page.wait_for_selector(CHIP)
@@ -179,6 +180,7 @@ def test_it_can_be_read_and_hit(here: Here) -> None:
     assert found["bar"] is True and found["hidden"] == "none", "it stands in the action bar, in place of a plain button"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_without_an_action_bar_it_stands_in_the_corner(
     open_page: Any, theme: str, shot: Callable[[Any, str], Path]
@@ -201,6 +203,7 @@ def test_without_an_action_bar_it_stands_in_the_corner(
     assert page.locator(CHIP).count() == 1
 
 
+@pytest.mark.slow
 def test_it_costs_little(open_plain: Callable[..., Page]) -> None:
     """Two thousand messages and their drawing: one drawing a frame, and little of it."""
     page = open_plain()

@@ -118,6 +118,7 @@ def test_the_settings_dialog_has_our_rows(here: Here) -> None:
     page.keyboard.press("Escape")
 
 
+@pytest.mark.slow
 def test_a_workflow_saved_while_a_run_is_shown(here: Here) -> None:
     """Saved in the middle of a run, loaded again: the same graph, and none of our state in it."""
     page, stub = here.page, here.stub
@@ -134,6 +135,7 @@ def test_a_workflow_saved_while_a_run_is_shown(here: Here) -> None:
     _until(page, lambda: not stub.running())
 
 
+@pytest.mark.slow
 def test_nodes_deleted_while_they_run(here: Here) -> None:
     """The node that runs, then all of them, our widgets too."""
     page, stub = here.page, here.stub
@@ -199,6 +201,7 @@ def test_garbage_by_reports(here: Here) -> None:
         sane(page, report["prompt_id"])
 
 
+@pytest.mark.slow
 def test_routes_that_answer_nonsense(here: Here) -> None:
     page, stub = here.page, here.stub
     here.allow(FAILED)
@@ -218,6 +221,7 @@ def test_routes_that_answer_nonsense(here: Here) -> None:
     page.wait_for_function("() => document.querySelector('.bo-picker option[value=after-nonsense]')")
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers(here: Here) -> None:
     page, stub = here.page, here.stub
     for path in ("/offload/runs", "/offload/status", "/offload/marks"):

@@ -161,6 +161,7 @@ def test_the_host_that_parts_are_handed(here: Here, probe: Callable[..., Any]) -
     assert page.evaluate("() => heard.map((detail) => detail.prompt_id)") == ["one"]
 
 
+@pytest.mark.slow
 def test_settings_are_kept_and_told(here: Here, probe: Callable[..., Any]) -> None:
     told = probe(
         """const told = [];
@@ -218,6 +219,7 @@ def test_one_undo_step_and_one_frame(here: Here, probe: Callable[..., Any]) -> N
     assert 1 <= drawn <= 3, "our redraws are gathered into one frame; the front end may add its own"
 
 
+@pytest.mark.slow
 def test_a_failed_change_still_ends_its_step(here: Here, probe: Callable[..., Any]) -> None:
     assert (
         probe("try { host.undoable(() => { throw new Error('no'); }); } catch (error) { return error.message; }")
@@ -248,6 +250,7 @@ def _steady(graph: dict[str, Any]) -> dict[int, Any]:
     return {node["id"]: {k: v for k, v in node.items() if k not in ("size", "pos")} for node in graph["nodes"]}
 
 
+@pytest.mark.slow
 def test_a_file_is_saved_and_a_toast_is_text(here: Here, probe: Callable[..., Any]) -> None:
     page = here.page
     with page.expect_download() as caught:
@@ -300,6 +303,7 @@ def test_no_other_binding_has_our_keys(here: Here) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ events
+@pytest.mark.slow
 def test_asks_once_and_drops_what_comes_while_hidden(here: Here, probe: Callable[..., Any]) -> None:
     page, stub = here.page, here.stub
     page.wait_for_function("() => document.querySelector('.bo-chip')")
@@ -360,6 +364,7 @@ def test_garbage_is_never_shown(here: Here, probe: Callable[..., Any]) -> None:
         assert wrong not in text
 
 
+@pytest.mark.slow
 def test_two_tabs_see_the_run_of_one(open_page: Any, where: Where) -> None:
     page = open_page(*where)
     stub = open_page.stub

@@ -42,6 +42,7 @@ def step(stub: Stub, number: int, steps: int) -> None:
     stub.send("offload.telemetry", canned.telemetry("long", "7", number, steps, t=number * 0.22))
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_leave_the_heap_as_it_was(busy: Any, stub: Stub) -> None:
     """The rings are full before the first measurement: 1,200 samples, 2,048 points."""
     warm, steps = 2200, 4200
@@ -66,6 +67,7 @@ def _peak(number: int, steps: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_our_share_of_a_frame(busy: Any, stub: Stub) -> None:
     """Of three times two seconds with a message each quarter of a second the best, since the machine is shared."""
     for number in range(1, 40):

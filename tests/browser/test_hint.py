@@ -90,6 +90,7 @@ def test_no_hint_while_a_run_is_on_nor_of_another_run(open_plain: Callable[..., 
     assert page.locator(".bo-hint").is_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("Hints", False), ("HiddenHints", "OTHER, FITS_BUT_MOVED"), ("HiddenHints", "FITS_BUT_MOVED")],
@@ -218,6 +219,7 @@ def test_inside_a_subgraph(here: Here) -> None:
     assert all(node["inputs"]["fit_aware"] is True for node in prompt.values())
 
 
+@pytest.mark.slow
 def test_hidden_hints_stay_hidden_after_a_reload(here: Here) -> None:
     _hinted(here.stub)
     pages.command(here.page, OPEN)

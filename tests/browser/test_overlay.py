@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from . import canned
+from . import canned, pages
 from .canned import GIB
 from .pages import load_workflow
 
@@ -76,15 +76,7 @@ def texts(page: Any) -> list[str]:
 
 def look_at(page: Any, node: str, zoom: float = 1.0) -> None:
     """This node a hand's breadth from the corner of the picture, so that nothing of the page lies over its strip."""
-    page.evaluate(
-        """([id, zoom]) => {
-          const node = app.canvas.graph.getNodeById(Number(id));
-          app.canvas.ds.scale = zoom;
-          app.canvas.ds.offset = [320 / zoom - node.pos[0], 330 / zoom - node.pos[1]];
-          app.canvas.setDirty(true, true);
-        }""",
-        [node, zoom],
-    )
+    pages.look_at(page, node, zoom, 320, 330)
 
 
 _numbers = itertools.count(1)
@@ -258,6 +250,7 @@ COST = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_fifty_nodes_cost_no_more_than_a_millisecond_a_frame(here: Any) -> None:
     page = here.page
     ids = page.evaluate(

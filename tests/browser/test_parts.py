@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page
 
 from . import canned
@@ -50,6 +51,7 @@ def test_a_part_that_cannot_be_loaded_costs_itself(open_page: Any) -> None:
     assert _ours(open_page) == ["the panel", "the strips above nodes", "the widget of VRAM Report"]
 
 
+@pytest.mark.slow
 def test_without_the_store_the_setting_is_still_there(open_page: Any) -> None:
     open_page.allow("SyntaxError|does not provide an export|Failed to fetch dynamically")
     page = _boot(open_page, {"wire": "missing", "store": "throws"})
@@ -62,6 +64,7 @@ def test_without_the_store_the_setting_is_still_there(open_page: Any) -> None:
     assert "what the page knows" in _ours(open_page)
 
 
+@pytest.mark.slow
 def test_a_part_that_throws_in_each_frame_is_said_once(open_page: Any) -> None:
     open_page.allow("Balanced Offload: a part failed")
     page = open_page.blank()

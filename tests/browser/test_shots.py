@@ -33,6 +33,7 @@ SMALL = """() => [...document.querySelectorAll('.bo-root, .bo-root *')]
 """Texts on nodes are scaled with the graph by its zoom; they are 11 px at a zoom of one."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "theme"), STATES)
 def test_each_state(open_page: Any, stub: Stub, shot: Callable[..., Any], place: Where, theme: str) -> None:
     def take(page: Any, state: str) -> None:

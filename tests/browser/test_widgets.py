@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from . import canned
+from . import canned, pages
 from .canned import GIB
 from .pages import ROOT, api_prompt, load_workflow, queue, saved
 
@@ -59,15 +59,7 @@ def clipped(page: Any, place: str) -> list[str]:
 
 
 def look_at(page: Any, node: str, zoom: float = 1.0) -> None:
-    page.evaluate(
-        """([id, zoom]) => {
-          const node = app.canvas.graph.getNodeById(Number(id));
-          app.canvas.ds.scale = zoom;
-          app.canvas.ds.offset = [420 / zoom - node.pos[0], 110 / zoom - node.pos[1]];
-          app.canvas.setDirty(true, true);
-        }""",
-        [node, zoom],
-    )
+    pages.look_at(page, node, zoom, 420, 110)
     page.wait_for_timeout(300)
 
 
@@ -208,6 +200,7 @@ def test_nothing_is_in_the_workflow_or_the_prompt(here: Any) -> None:
     assert "run-1" not in json.dumps(saved(page)) + json.dumps(prompt)
 
 
+@pytest.mark.slow
 def test_sizes_are_the_users_where_there_is_room(here: Any, shot: Any) -> None:
     page, stub = here.page, here.stub
     look_at(page, REPORT_ID, 0.8)
@@ -319,6 +312,7 @@ def test_a_policys_marks_are_in_step_with_its_inputs(here: Any, shot: Any) -> No
     shot(page, f"policy-{here.where}")
 
 
+@pytest.mark.slow
 def test_the_last_answer_wins_and_a_link_is_said(here: Any) -> None:
     page = here.page
     look_at(page, "1", 0.9)

@@ -16,6 +16,8 @@ from balanced_offload.offload.report import validate
 
 from .conftest import command
 
+pytestmark = pytest.mark.xdist_group("demo")  # one demo, which takes a minute, on one worker
+
 MODES = ["none", "balanced", "model", "sequential", "auto"]
 CAPPED = MODES[1:]
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ..browser import places
+from ..browser.chromium import chromium_or_skip
 from .graphs import Graph
 from .server import HostServer
 
@@ -35,17 +36,8 @@ def simulated(servers: Callable[..., HostServer], size: int, frontend: str) -> H
 
 @pytest.fixture(scope="module")  # while it is there an event loop runs on this thread
 def chromium() -> Iterator[Any]:
-    reason = places.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    from ..browser.pages import launch
-
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
+    with chromium_or_skip() as browser:
         yield browser
-        browser.close()
 
 
 class Tab:
