@@ -157,5 +157,5 @@ def test_small_copies_cost_no_more(vram: ModuleType) -> None:
                 _COPY.redispatch(key, b, a)
             best[name] = min(best[name], time.thread_time() - begun)
         if number >= 200 and best["ours"] < 1.25 * best["torch's"]:
-            return
+            break
     assert best["ours"] < 1.25 * best["torch's"], best
