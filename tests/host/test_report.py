@@ -254,15 +254,18 @@ def test_the_routes(server: HostServer) -> None:
 
 # ---------------------------------------------------------------------- what it costs
 def test_calls_times_cost_per_call(server: HostServer) -> None:
-    """The record counts its own cost; of twenty prompts the best share, since the machine is shared."""
-    shares = []
+    """The record counts its own cost; of twenty prompts the least of both, since the machine is shared."""
+    costs, lasted = [], []
     for seed in range(20):
         graph, node = with_report(graphs.stock(seed=400 + seed, steps=20))
         entry = server.wait(server.queue(graph))
         cost = entry["outputs"][node]["vram_report"][0]["overhead_ms"] / 1e3
         assert cost > 0
-        shares.append(cost / took(entry))
-    assert min(shares) <= 0.01, f"1 % of a prompt of 20 steps; measured {sorted(shares)}"
+        costs.append(cost)
+        lasted.append(took(entry))
+    assert min(costs) <= 0.01 * min(lasted), (
+        f"1 % of a prompt of 20 steps; measured {sorted(costs)} of {sorted(lasted)} s"
+    )
 
 
 def took(entry: dict[str, Any]) -> float:
